@@ -1,0 +1,194 @@
+"""Every setting of a run, with its default and its meaning: the one place where a key is made.
+
+A config file in `configs/` starts from `base()` and changes what it wants. The tree is locked, so a key that is
+not here is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Any
+
+import ml_collections
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message is one line for the user."""
+
+
+def base() -> ConfigDict:
+    """All settings at their defaults."""
+    c = ConfigDict()
+    c.seed = 0
+    c.dtype = "bfloat16"  # of matrix products: bfloat16 | float32; master weights and all norms are float32
+
+    c.data = data = ConfigDict()
+    data.source = "moving_shapes"  # moving_shapes | a directory of shards | tfds:NAME[/CONFIG][:VERSION]
+    data.holdout = 0.0  # share of the clips, chosen by a hash of their names, kept out of training for the held-out loss
+    data.video_feature = ""  # of a TFDS data source; empty: found by its name and type
+    data.text_feature = ""
+    data.fps = 0.0  # of a TFDS data source of decoded frames, which do not say; 0: 24
+    data.threads = 2  # that read and decode
+    data.prefetch = 4  # batches ready ahead of the step
+
+    # What the procedural set shows; see vidgen/data/moving_shapes.py.
+    data.moving_shapes = shapes = ConfigDict()
+    shapes.level = "full"  # easy: one object, three shapes, six colours, four directions, black ground | full: all of it
+    shapes.clips = 1_000_000  # clips in a pass; every pass shows new ones
+    shapes.sizes = ((17, 32, 32),)  # (frames, height, width) a clip may have, drawn alike
+    shapes.fps = 8.0
+    shapes.languages = ("en",)  # en, zh
+    shapes.heldout = 0.2  # share of the combinations of shape, colour and motion that are never trained on
+
+    c.rows = rows = ConfigDict()
+    rows.count = 8  # B, rows a step, over all devices
+    rows.tokens = 1024  # S, video tokens a row
+    rows.segments = 16  # K, clips a row at most
+    rows.text = 512  # L, text tokens a row
+    rows.caption = 256  # text tokens a caption at most; longer ones are cut, and counted
+    rows.window = 4096  # clips that are packed together
+
+    c.tokenizer = tokenizer = ConfigDict()
+    tokenizer.name = "patch"  # patch | wavelet
+    tokenizer.stride = (4, 8, 8)  # pixels a latent covers in (t, y, x); powers of two for wavelet
+    tokenizer.patch = (1, 1, 1)  # latents a token covers in (t, y, x)
+    tokenizer.mean = 0.0  # of the latents, for pixels in [-1, 1]
+    tokenizer.std = 0.5
+
+    c.text = text = ConfigDict()
+    text.width = 256  # E
+    text.layers = 2
+    text.heads = 4
+
+    c.model = model = ConfigDict()
+    model.width = 384
+    model.layers = 12
+    model.heads = 6
+    model.mlp_ratio = 4.0
+    model.rope_theta = 100.0  # of the 3D rotary embedding; coordinates are small numbers
+    model.time_in_seconds = False  # t coordinates in seconds × 8 instead of latent frames
+    model.remat = "full"  # none | full: which activations of a block the backward pass computes again
+    model.unroll = 1  # layers unrolled in the scan; all of them is faster on a CPU, one compiles fastest
+
+    c.objective = objective = ConfigDict()
+    objective.prediction = "clean"  # what the network puts out: clean | velocity | noise | v
+    objective.loss = "velocity"  # the space the error is measured in: clean | velocity | noise | v
+    objective.time_mean = 0.0  # logit-normal noise levels: logit(t) ~ N(mean, std), t = 1 is pure noise
+    objective.time_std = 1.0
+    objective.time_min = 0.05  # loss weights in 1/t or 1/(1-t) stop growing here
+    objective.shift = 1.0  # of noise levels at `shift_tokens`; grows with sqrt(tokens of the clip / shift_tokens)
+    objective.shift_tokens = 0  # 0: the same shift at every size
+    objective.caption_dropout = 0.1  # share of clips trained without their caption, for guidance
+
+    c.optimizer = optimizer = ConfigDict()
+    optimizer.name = "muon"  # muon: for the matrices inside blocks, AdamW for the rest | adamw
+    optimizer.lr = 1e-3  # peak, of AdamW
+    optimizer.muon_lr = 0.02  # peak, of Muon
+    optimizer.schedule = "cosine"  # cosine | constant | linear | wsd: constant, then a linear fall over the last fifth
+    optimizer.warmup = 100  # steps
+    optimizer.final = 0.0  # learning rate at the last step, as a share of the peak
+    optimizer.beta1 = 0.9
+    optimizer.beta2 = 0.99
+    optimizer.momentum = 0.95  # of Muon
+    optimizer.weight_decay = 0.0
+    optimizer.clip = 1.0  # global norm of the gradient; 0: none
+    optimizer.outlier = 10.0  # a step whose gradient norm is this many times its running mean is skipped; 0: none
+    optimizer.ema = 0.999  # decay of the weights that sample and evaluate use; ramps up from 0 over the first steps
+    optimizer.accumulate = 1  # microbatches a step; rows.count must be a multiple
+
+    c.mesh = mesh = ConfigDict()
+    mesh.data = -1  # devices that share the rows and hold all weights; -1: all that are left
+    mesh.fsdp = 1  # devices that share the rows and the weights
+
+    c.train = train = ConfigDict()
+    train.steps = 10_000
+    train.log_every = 10
+    train.checkpoint_every = 1000
+    train.keep = 2  # checkpoints kept, the newest
+    train.eval_every = 0  # 0: never; held-out loss on a fixed grid of noise levels
+    train.eval_rows = 16
+    train.sample_every = 0  # 0: never
+    train.profile_steps = ()  # (first, last): a trace of these steps in WORKDIR/profile
+    train.max_bad = 0.01  # share of unreadable clips above which the run stops
+    train.wandb = ""  # project to log to, beside metrics.jsonl and TensorBoard; needs the extra [wandb]
+
+    c.sample = sample = ConfigDict()
+    sample.prompts = ()  # prompts of the samples drawn while training; empty: captions of held-out clips
+    sample.frames = 17
+    sample.height = 32
+    sample.width = 32
+    sample.fps = 8.0
+    sample.solver = "euler"  # euler | heun | ddim
+    sample.steps = 24
+    sample.guidance = 2.0  # classifier-free; 1: none
+    return c
+
+
+def _leaves(c: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Flat view: dotted key → value."""
+    flat = {}
+    for key, value in c.items():
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def override(c: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+    """A copy of `c` with dotted keys set. Strings are read as Python literals where the key's type wants one.
+
+    Raises ConfigError for an unknown key (naming the nearest) or a value of another type.
+    """
+    c = ConfigDict(c).copy_and_resolve_references()
+    known = _leaves(c)
+    for key, value in changes.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"; did you mean config.{near[0]}?" if near else ""
+            raise ConfigError(f"unknown setting config.{key}{hint}")
+        *path, leaf = key.split(".")
+        node = c
+        for name in path:
+            node = node[name]
+        try:
+            node[leaf] = _typed(value, known[key])
+        except (TypeError, ValueError, SyntaxError):
+            raise ConfigError(
+                f"config.{key}={value!r}: expected {type(known[key]).__name__}, like {known[key]!r}"
+            ) from None
+    return c
+
+
+def _typed(value: Any, like: Any) -> Any:
+    """`value`, from a command line, as the type of `like`."""
+    import ast
+
+    if isinstance(like, str):
+        return str(value)
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower(), value)
+        value = ast.literal_eval(value) if isinstance(value, str) else value
+    if isinstance(like, bool) != isinstance(value, bool):
+        raise TypeError
+    if isinstance(like, tuple):
+        return tuple(value)
+    if isinstance(like, float):
+        return float(value)
+    if not isinstance(value, type(like)):
+        raise TypeError
+    return value
+
+
+def to_json(c: ConfigDict) -> str:
+    """The config as JSON, keys sorted, tuples as lists."""
+    return json.dumps(c.to_dict(), indent=2, sort_keys=True)
+
+
+def from_json(text: str) -> ConfigDict:
+    """Inverse of `to_json`, on top of the defaults; raises ConfigError on keys that this version does not know."""
+
+    def untuple(value):
+        return tuple(untuple(v) for v in value) if isinstance(value, list) else value
+
+    flat = {k: untuple(v) for k, v in _leaves(ml_collections.ConfigDict(json.loads(text))).items()}
+    return override(base(), flat)
