@@ -6,8 +6,11 @@ not here is an error that names the nearest one.
 
 from __future__ import annotations
 
+import ast
 import difflib
+import importlib.util
 import json
+import os
 from typing import Any
 
 import ml_collections
@@ -26,7 +29,7 @@ def base() -> ConfigDict:
 
     c.data = data = ConfigDict()
     data.source = "moving_shapes"  # moving_shapes | a directory of shards | tfds:NAME[/CONFIG][:VERSION]
-    data.holdout = 0.0  # share of the clips, chosen by a hash of their names, kept out of training for the held-out loss
+    data.holdout = 0.0  # share of the clips (by a hash of their file) kept out of training for the held-out loss
     data.video_feature = ""  # of a TFDS data source; empty: found by its name and type
     data.text_feature = ""
     data.fps = 0.0  # of a TFDS data source of decoded frames, which do not say; 0: 24
@@ -35,7 +38,7 @@ def base() -> ConfigDict:
 
     # What the procedural set shows; see vidgen/data/moving_shapes.py.
     data.moving_shapes = shapes = ConfigDict()
-    shapes.level = "full"  # easy: one object, three shapes, six colours, four directions, black ground | full: all of it
+    shapes.level = "full"  # easy (one object, three shapes, six colours, four directions, black ground) | full
     shapes.clips = 1_000_000  # clips in a pass; every pass shows new ones
     shapes.sizes = ((17, 32, 32),)  # (frames, height, width) a clip may have, drawn alike
     shapes.fps = 8.0
@@ -48,7 +51,7 @@ def base() -> ConfigDict:
     rows.segments = 16  # K, clips a row at most
     rows.text = 512  # L, text tokens a row
     rows.caption = 256  # text tokens a caption at most; longer ones are cut, and counted
-    rows.window = 4096  # clips that are packed together
+    rows.window = 4096  # clips that are packed together, at least
 
     c.tokenizer = tokenizer = ConfigDict()
     tokenizer.name = "patch"  # patch | wavelet
@@ -123,6 +126,7 @@ def base() -> ConfigDict:
     sample.solver = "euler"  # euler | heun | ddim
     sample.steps = 24
     sample.guidance = 2.0  # classifier-free; 1: none
+    sample.eta = 0.0  # of ddim: share of the noise that each step draws anew
     return c
 
 
@@ -161,8 +165,6 @@ def override(c: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
 
 def _typed(value: Any, like: Any) -> Any:
     """`value`, from a command line, as the type of `like`."""
-    import ast
-
     if isinstance(like, str):
         return str(value)
     if isinstance(value, str):
@@ -179,6 +181,41 @@ def _typed(value: Any, like: Any) -> Any:
     return value
 
 
+def load(file: str, changes: dict[str, Any] | None = None) -> ConfigDict:
+    """The config of FILE or FILE:arg, with dotted keys set to other values.
+
+    Raises ConfigError if the file can't be found or read, has no get_config, or a change does not fit.
+    """
+    path, _, arg = file.partition(":")
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or "."
+        there = [f for f in os.listdir(folder) if f.endswith(".py")] if os.path.isdir(folder) else []
+        near = difflib.get_close_matches(os.path.basename(path), there, n=1)
+        hint = f"; did you mean {os.path.join(os.path.dirname(path), near[0])}?" if near else ""
+        raise ConfigError(f"--config={path}: no such file{hint}")
+    spec = importlib.util.spec_from_file_location("vidgen_config", path)
+    if spec is None:
+        raise ConfigError(f"--config={path}: expected a Python file, *.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(arg)
+    except ConfigError:
+        raise
+    except Exception as e:  # whatever a user's file may raise
+        raise ConfigError(f"--config={path}: {type(e).__name__}: {e}") from e
+    return override(config, changes or {})
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file that are not blank; raises ConfigError."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return [line.strip() for line in f if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: {e}; expected a text file in UTF-8") from None
+
+
 def to_json(c: ConfigDict) -> str:
     """The config as JSON, keys sorted, tuples as lists."""
     return json.dumps(c.to_dict(), indent=2, sort_keys=True)
@@ -192,3 +229,9 @@ def from_json(text: str) -> ConfigDict:
 
     flat = {k: untuple(v) for k, v in _leaves(ml_collections.ConfigDict(json.loads(text))).items()}
     return override(base(), flat)
+
+
+def difference(a: ConfigDict, b: ConfigDict) -> list[str]:
+    """The dotted keys in which two configs differ."""
+    flat_a, flat_b = _leaves(a), _leaves(b)
+    return sorted(k for k in flat_a.keys() | flat_b.keys() if flat_a.get(k) != flat_b.get(k))

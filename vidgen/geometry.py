@@ -11,6 +11,8 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
+
 Grid = tuple[int, int, int]  # (t, y, x)
 
 
@@ -71,6 +73,14 @@ class Geometry:
         """How many tokens a clip has whose size `fit` returned."""
         t, y, x = self.grid(frames, height, width)
         return t * y * x
+
+    def coords(self, frames: int, height: int, width: int, fps: float | None = None) -> np.ndarray:
+        """[tokens, 3] f32: (t, y, x) of each token of a fitted clip, in patches; with `fps`, t in eighths of a second."""
+        grid = self.grid(frames, height, width)
+        coords = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), axis=-1).reshape(-1, 3).astype(np.float32)
+        if fps is not None:
+            coords[:, 0] *= self.block[0] / fps * 8
+        return coords
 
 
 def patchify(latents, patch: Grid):

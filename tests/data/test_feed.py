@@ -1,0 +1,264 @@
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vidgen.config import ConfigError, base
+from vidgen.data.clip import BadClip, Clip, ClipSizes
+from vidgen.data.feed import batches, host_rows, local_rows
+from vidgen.data.packing import Packing
+from vidgen.data.text import BEGIN, VOCAB, encode_text
+from vidgen.geometry import Geometry, from_blocks
+
+GEOMETRY = Geometry(stride=(4, 8, 8), patch=(1, 1, 1), channels=16)
+CAPTIONS = ("a red ball falls", "一个红色的球落下", "é" * 30)
+
+
+class Random:
+    """Random clips of a few sizes; `faults` says what goes wrong with which."""
+
+    fingerprint = "random"
+
+    def __init__(self, n=40, faults=None):
+        draw = np.random.default_rng(0)
+        self.captions = [f"{CAPTIONS[i % 3]} {i}" for i in range(n)]
+        self.sizes = ClipSizes(
+            frames=draw.choice([1, 5, 9, 19], n).astype(np.int32),
+            height=draw.choice([16, 24, 37], n).astype(np.int32),
+            width=draw.choice([16, 32], n).astype(np.int32),
+            fps=np.full(n, 12, np.float32),
+            text=np.array([len(c.encode()) for c in self.captions], np.int32),
+        )
+        self.faults = faults or {}
+
+    def read(self, index, epoch):
+        if (fault := self.faults.get(index)) and not isinstance(fault, str):
+            raise fault
+        shape = [int(column[index]) for column in (self.sizes.frames, self.sizes.height, self.sizes.width)]
+        if fault == "smaller":
+            shape[1] -= 1
+        video = np.random.default_rng([index, epoch]).integers(0, 256, (*shape, 3), dtype=np.uint8)
+        caption = self.captions[index] + ("!" if fault == "longer caption" else "")
+        return Clip(video, caption, 12.0)
+
+    def name(self, index):
+        return f"clip-{index}"
+
+
+def setup(source=None, **changes):
+    c = base()
+    c.rows.update(count=4, tokens=64, segments=8, text=256, caption=48, window=64)
+    c.update_from_flattened_dict(changes)
+    source = source or Random()
+    return source, Packing(source.sizes, GEOMETRY, c.rows, c.seed), GEOMETRY, c
+
+
+def sharding():
+    return NamedSharding(
+        Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp")), PartitionSpec(("data", "fsdp"))
+    )
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def threads():
+    return [t for t in threading.enumerate() if t.name.startswith(("vidgen-feed", "grain-prefetch"))]
+
+
+def wait_for_no_threads():
+    end = time.time() + 10
+    while threads() and time.time() < end:
+        time.sleep(0.02)
+    assert not threads()
+
+
+def test_rows_hold_what_the_plan_says():
+    source, packing, geometry, config = setup()
+    batch = host_rows(source, packing, geometry, config, step=3)
+    assert batch.tokens.shape == (4, 64, 4 * 8 * 8 * 3) and batch.tokens.dtype == np.uint8
+    assert batch.coords.shape == (4, 64, 3) and batch.coords.dtype == np.float32
+    ids, text_segment = batch.context["text"]
+    assert ids.shape == text_segment.shape == (4, 256)
+    assert batch.known is None and batch.clip.shape == (4, 8)
+    np.testing.assert_array_equal(batch.level, batch.segment)
+    for b, row in enumerate(packing.step(3)):
+        assert (batch.segment[b] > 0).sum() == sum(p.tokens for p in row)
+        assert (batch.clip[b] >= 0).sum() == len(row)
+        assert batch.tokens[b][batch.segment[b] == 0].sum() == 0
+        for p in row:
+            mine = batch.segment[b] == p.segment
+            assert mine.sum() == p.tokens and batch.clip[b, p.segment - 1] == p.clip
+            grid = geometry.grid(p.frames, p.height, p.width)
+            np.testing.assert_array_equal(batch.coords[b][mine], np.stack(np.indices(grid), -1).reshape(-1, 3))
+            video = from_blocks(batch.tokens[b][mine].astype(np.float64), grid, geometry)
+            stored = source.read(p.clip, p.epoch).video
+            top, side = (stored.shape[1] - p.height) // 2, (stored.shape[2] - p.width) // 2
+            stored = stored[:, top : top + p.height, side : side + p.width]
+            starts = range(len(stored) - p.frames + 1)
+            assert any(np.array_equal(video, stored[t : t + p.frames]) for t in starts)
+            mine = text_segment[b] == p.segment
+            np.testing.assert_array_equal(ids[b][mine], encode_text(source.captions[p.clip], 48))
+
+
+def test_each_pass_crops_another_stretch_of_a_clip():
+    source, packing, geometry, config = setup()  # clips of 19 frames are cut to 17: three places to start
+    firsts = set()
+    for step in range(40):
+        for b, row in enumerate(packing.step(step)):
+            for p in row:
+                if source.sizes.frames[p.clip] == 19 and p.frames == 17:
+                    batch = host_rows(source, packing, geometry, config, step, [b])
+                    tokens = batch.tokens[0][batch.segment[0] == p.segment]
+                    video = from_blocks(tokens.astype(float), geometry.grid(p.frames, p.height, p.width), geometry)
+                    stored = source.read(p.clip, p.epoch).video
+                    top, side = (stored.shape[1] - p.height) // 2, (stored.shape[2] - p.width) // 2
+                    stored = stored[:, top : top + p.height, side : side + p.width]
+                    firsts.add(next(t for t in range(3) if np.array_equal(video[0], stored[t])))
+    assert firsts == {0, 1, 2}
+
+
+def test_time_in_seconds():
+    source, packing, geometry, config = setup()
+    patches = host_rows(source, packing, geometry, config, 0).coords
+    config.model.time_in_seconds = True
+    seconds = host_rows(source, packing, geometry, config, 0).coords
+    np.testing.assert_allclose(seconds[..., 0], patches[..., 0] * 4 / 12 * 8, rtol=1e-6)
+    np.testing.assert_array_equal(seconds[..., 1:], patches[..., 1:])
+
+
+def test_two_hosts_make_what_one_makes():
+    source, packing, geometry, config = setup()
+    whole = host_rows(source, packing, geometry, config, 2)
+    halves = [host_rows(source, packing, geometry, config, 2, rows) for rows in (slice(0, 2), [2, 3])]
+    assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *halves), whole)
+
+
+@pytest.mark.parametrize("n_threads", [0, 1, 3])
+def test_feed_is_host_rows_from_any_step(n_threads):
+    source, packing, geometry, config = setup(**{"data.threads": n_threads})
+    for start, steps in ((0, 6), (4, 2), (packing.steps_per_epoch - 1, 3)):
+        with batches(source, packing, geometry, config, start, sharding()) as feed:
+            for step in range(start, start + steps):
+                batch, info = next(feed)
+                assert isinstance(batch.tokens, jax.Array) and info.wait >= 0 and info.bad == {}
+                assert_equal(batch, host_rows(source, packing, geometry, config, step))
+
+
+@pytest.mark.parametrize(
+    "fault, reason",
+    [
+        (BadClip("cannot be decoded"), "cannot be decoded"),
+        ("smaller", "size differs from the index"),
+        ("longer caption", "caption is longer than the index says"),
+    ],
+)
+def test_a_bad_clip_is_padding_and_moves_nothing(fault, reason, caplog):
+    good, packing, geometry, config = setup()
+    step, b, bad = next(
+        (step, b, row[0]) for step in range(99) for b, row in enumerate(packing.step(step)) if len(row) > 2
+    )
+    source = Random(faults={bad.clip: fault})
+    where = [(b, p) for b, row in enumerate(packing.step(step)) for p in row if p.clip == bad.clip]
+    with batches(source, packing, geometry, config, step, sharding()) as feed:
+        got, info = next(feed)
+    assert info.bad == {reason: len(where)}
+    assert set(info.bad_clips) == {(f"clip-{bad.clip}", reason)}
+    said = [r.getMessage() for r in caplog.records if f"clip-{bad.clip} " in r.getMessage()]
+    assert len(said) == 1 and reason in said[0]
+
+    want = jax.tree.map(np.copy, host_rows(good, packing, geometry, config, step))
+    for b, p in where:
+        mine = want.segment[b] == p.segment
+        for leaf in (want.tokens, want.coords, want.segment):
+            leaf[b][mine] = 0
+        want.clip[b, p.segment - 1] = -1
+        ids, segment = want.context["text"]
+        ids[b][segment[b] == p.segment] = 0
+        segment[b][segment[b] == p.segment] = 0
+    assert_equal(got, want.replace(level=want.segment))
+
+
+def test_a_surprise_surfaces_with_the_name_of_the_clip():
+    source, packing, geometry, config = setup(Random(faults={7: OSError("the disk is gone")}))
+    with batches(source, packing, geometry, config, 0, sharding()) as feed:
+        for _ in range(2):  # and again, where someone goes on after it
+            with pytest.raises(RuntimeError, match="clip-7 .*OSError: the disk is gone"):
+                for _ in range(packing.steps_per_epoch):
+                    next(feed)
+
+
+def test_threads_end_when_the_feed_is_closed_or_dropped():
+    feed = batches(*setup(), 0, sharding())
+    next(feed)
+    assert threads()
+    feed.close()
+    wait_for_no_threads()
+    with pytest.raises(StopIteration):
+        next(feed)
+    feed = batches(*setup(), 0, sharding())
+    next(feed)
+    del feed
+    gc.collect()
+    wait_for_no_threads()
+
+
+def test_batches_are_ready_before_they_are_asked_for():
+    with batches(*setup(), 0, sharding()) as feed:
+        next(feed)
+        time.sleep(0.5)  # a step
+        for _ in range(2):
+            assert next(feed)[1].wait < 0.2
+
+
+SHARDED = """
+import sys; sys.path.insert(0, sys.argv[1])
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from test_feed import assert_equal, batches, host_rows, setup
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "fsdp"))
+source, packing, geometry, config = setup()
+with batches(source, packing, geometry, config, 5, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))) as feed:
+    for step in (5, 6):
+        batch = next(feed)[0]
+        assert_equal(batch, host_rows(source, packing, geometry, config, step))
+        for row, shard in enumerate(sorted(batch.tokens.addressable_shards, key=lambda s: s.index[0].start)):
+            assert shard.data.shape[0] == 1 and shard.index[0] == slice(row, row + 1)
+print("as one device")
+"""
+
+
+def test_four_devices_share_the_rows():
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    here = os.path.dirname(__file__)
+    done = subprocess.run([sys.executable, "-c", SHARDED, here], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "as one device", done.stderr[-2000:]
+
+
+def test_rows_that_devices_cannot_share_are_a_clear_error():
+    mesh = jax.sharding.AbstractMesh((4, 2), ("data", "fsdp"))
+    with pytest.raises(ConfigError, match="config.rows.count=12: 8 devices share the rows.*nearest is 16"):
+        local_rows(NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), 12)
+    with pytest.raises(ConfigError, match="config.data.threads=-1"):
+        batches(*setup(**{"data.threads": -1}), 0, sharding())
+
+
+def test_text_is_bytes():
+    assert encode_text("ab", 9).tolist() == [BEGIN, 99, 100]
+    assert encode_text("", 9).tolist() == [BEGIN]
+    ids = encode_text("球" * 5, 9)  # three bytes a character: only two fit behind the begin token
+    assert len(ids) == 7 and bytes((ids[1:] - 2).tolist()).decode() == "球球"
+    assert encode_text("\U0010ffff\x00\ud800", 99).max() < VOCAB and encode_text("\x00", 2).min() > 0

@@ -1,0 +1,286 @@
+"""The `vidgen` command: a verb, its flags, and the module that does it, imported only when called."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+USAGE = """\
+vidgen trains video generation models.
+
+  vidgen train    --config configs/quickstart.py --workdir runs/a      train, or go on from the newest checkpoint
+  vidgen sample   --workdir runs/a --prompt "a red circle moving right" --output a.mp4
+  vidgen evaluate --workdir runs/a --suite moving_shapes               what the model gets right
+  vidgen report   --workdir runs/a                                     runs/a/report.html: curves, samples, figures
+  vidgen ingest   --input VIDEOS --output SHARDS                       your own video files, made ready to train on
+  vidgen inspect  SHARDS                                               what is in a data set, and what was dropped
+
+`vidgen VERB --help` explains a verb and its flags. Any setting of a config can be given as --config.KEY=VALUE to
+train; vidgen/config.py lists them all. With --json the last line of stdout is one JSON object.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag: `kind` is str, int, float, or a list of one of them for a flag that may be given several times."""
+
+    name: str
+    kind: Any
+    help: str
+    default: Any = None
+    required: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A verb. `call` gets the flags' values by name, and returns what --json prints.
+
+    positional: name of the one argument without a flag, if the verb takes one.
+    """
+
+    call: Callable[..., dict[str, Any]]
+    help: str
+    flags: tuple[Flag, ...]
+    positional: str = ""
+
+
+def _train(config: str, workdir: str, input: str | None, changes: dict[str, str]) -> dict[str, Any]:
+    from vidgen import config as configs
+
+    c = configs.load(config, changes | ({"data.source": input} if input else {}))
+    from vidgen import train
+
+    return dataclasses.asdict(train.run(c, workdir))
+
+
+def _sample(prompt: list[str], prompts_file: str | None, seed: list[int], **rest: Any) -> dict[str, Any]:
+    from vidgen import config as configs
+    from vidgen import sample
+
+    prompts = [*prompt, *(configs.read_lines(prompts_file) if prompts_file else [])]
+    result = sample.run(prompts=prompts, seeds=seed or [0], **rest)
+    for path in result.files[:2]:
+        print(path)
+    return {"step": result.step, "prompts": result.prompts, "seeds": result.seeds, "files": result.files}
+
+
+def _evaluate(**rest: Any) -> dict[str, Any]:
+    from vidgen import evaluate
+
+    results = evaluate.run(**rest)
+    print(evaluate.table(results))
+    return {name: value for name, value in results.items() if name != "per_prompt"}
+
+
+def _report(workdir: str) -> dict[str, Any]:
+    from vidgen.studio import report
+
+    path = report.run(workdir)
+    print(path)
+    return {"report": path}
+
+
+def _ingest(**rest: Any) -> dict[str, Any]:
+    from vidgen import ingest
+
+    result = ingest.run(**rest)
+    print(result)
+    return dataclasses.asdict(result)
+
+
+def _inspect(dataset: str, output: str) -> dict[str, Any]:
+    from vidgen import inspect
+
+    return inspect.run(dataset, output)
+
+
+_DRAWING = (
+    Flag("step", int, "Which checkpoint; the newest unless given."),
+    Flag("frames", int, "Frames of a clip; here and below, the config's unless given."),
+    Flag("height", int, "Pixels."),
+    Flag("width", int, "Pixels."),
+    Flag("fps", float, "Frames a second of the files written."),
+    Flag("solver", str, "euler, heun or ddim."),
+    Flag("steps", int, "Steps of the solver."),
+    Flag("guidance", float, "Classifier-free guidance; 1: none."),
+    Flag("eta", float, "Of ddim: share of the noise that each step draws anew, 0 to 1."),
+)
+_WORKDIR = Flag("workdir", str, "Directory of the run.", required=True)
+
+VERBS = {
+    "train": Verb(
+        _train,
+        "Trains, or goes on from the newest checkpoint of the workdir. Ctrl-C or SIGTERM saves before it stops.",
+        (
+            Flag("config", str, "Python file with get_config(arg) -> ConfigDict: FILE or FILE:arg.", required=True),
+            _WORKDIR,
+            Flag("input", str, "Clips to train on, instead of config.data.source: a directory of shards, tfds:NAME."),
+        ),
+    ),
+    "sample": Verb(
+        _sample,
+        "Draws a grid of prompts (rows) x seeds (columns) and writes it as MP4 and GIF.",
+        (
+            _WORKDIR,
+            Flag("prompt", [str], "What to show; may be given several times."),
+            Flag("prompts_file", str, "A text file with a prompt a line."),
+            Flag("output", str, "FILE.mp4 or FILE.gif; the other one is written beside it.", required=True),
+            Flag("seed", [int], "Seed of the noise; may be given several times. 0 unless given."),
+            Flag("negative", str, "A prompt to lead away from.", ""),
+            *_DRAWING,
+        ),
+    ),
+    "evaluate": Verb(
+        _evaluate,
+        "Judges the model and writes WORKDIR/evaluation/SUITE.json.",
+        (
+            _WORKDIR,
+            Flag(
+                "suite", str, "moving_shapes: prompts never trained on, judged by parsing the clips.", "moving_shapes"
+            ),
+            Flag("prompts", int, "How many clips are judged.", 144),
+            Flag("seed", int, "Of prompts and noise.", 0),
+            *_DRAWING,
+        ),
+    ),
+    "report": Verb(_report, "Writes WORKDIR/report.html, one file with everything in it.", (_WORKDIR,)),
+    "ingest": Verb(
+        _ingest,
+        "Cuts captioned videos into clips, re-encodes them for fast reading and writes shards to train on.",
+        (
+            Flag(
+                "input",
+                str,
+                "A directory of videos with captions in .txt or .json beside them; CSV or JSONL.",
+                required=True,
+            ),
+            Flag("output", str, "Directory of shards to make.", required=True),
+            Flag("frames", int, "Frames of a clip at most; longer videos are cut into several.", 129),
+            Flag("stride", int, "Frames from the start of a clip to the next; 0: frames, so that none is in two.", 0),
+            Flag("height", int, "Pixels; with width: scaled to cover, and cropped at the centre. 0: follows.", 0),
+            Flag("width", int, "Pixels.", 0),
+            Flag("size", int, "Pixels of the shorter side, the other follows; 0: as stored.", 0),
+            Flag("fps", float, "Frames a second to resample to; 0: the file's own.", 0.0),
+            Flag("gop", int, "Frames from a key frame to the next: short ones are fast to seek in.", 8),
+            Flag("crf", float, "Quality of the x264 encoding: 0 is lossless, 16 looks it.", 16.0),
+        ),
+    ),
+    "inspect": Verb(
+        _inspect,
+        "Prints what is in a data set and what was dropped and why, and writes a contact sheet.",
+        (Flag("output", str, "Directory of the contact sheet; the data set's own unless given.", ""),),
+        positional="dataset",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; exits with 2 and one line on stderr for anything that the user can mend."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        sys.exit(0 if argv else 2)
+    if argv[0] == "--version":
+        from vidgen import __version__
+
+        print(f"vidgen {__version__}")
+        sys.exit(0)
+    name, *rest = argv
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        _fail(f"unknown verb {name!r}: known are {', '.join(VERBS)}{hint}")
+    if {"-h", "--help", "-help"} & set(rest):
+        print(_help(name, VERBS[name]))
+        sys.exit(0)
+    values = _parse(name, VERBS[name], rest)
+    as_json = values.pop("json")
+    from vidgen.config import ConfigError
+
+    try:
+        result = VERBS[name].call(**values)
+    except (ConfigError, OSError) as e:
+        _fail(" ".join(str(e).split()), name)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, default=str))
+
+
+def _parse(name: str, verb: Verb, argv: list[str]) -> dict[str, Any]:
+    """Values of the flags by name; train's --config.KEY=VALUE stand under `changes`."""
+    from absl import flags
+
+    values = flags.FlagValues()
+    flags.DEFINE_boolean("json", False, "", flag_values=values)
+    for flag in verb.flags:
+        kind = flag.kind[0] if isinstance(flag.kind, list) else flag.kind
+        define = {
+            (str, False): flags.DEFINE_string,
+            (int, False): flags.DEFINE_integer,
+            (float, False): flags.DEFINE_float,
+            (str, True): flags.DEFINE_multi_string,
+            (int, True): flags.DEFINE_multi_integer,
+        }[kind, isinstance(flag.kind, list)]
+        define(flag.name, [] if isinstance(flag.kind, list) else flag.default, flag.help, flag_values=values)
+
+    changes = {}
+    if name == "train":
+        argv, changes = _settings(argv)
+    try:
+        positional = values([name, *argv])[1:]
+    except flags.Error as e:
+        _fail(" ".join(str(e).split()), name)
+    found = {flag.name: getattr(values, flag.name) for flag in verb.flags}
+    for flag in verb.flags:
+        if flag.required and not found[flag.name]:
+            _fail(f"--{flag.name} is missing: {flag.help}", name)
+    if verb.positional:
+        if len(positional) != 1:
+            _fail(f"expected one {verb.positional.upper()}, got {len(positional)}", name)
+        found[verb.positional] = positional[0]
+    elif positional:
+        _fail(f"unexpected argument {positional[0]!r}; flags begin with --", name)
+    # Grain reads absl's global flags, which nobody else parses.
+    flags.FLAGS.mark_as_parsed()
+    return found | {"json": values.json} | ({"changes": changes} if name == "train" else {})
+
+
+def _settings(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes --config.KEY=VALUE and --config.KEY VALUE out of the arguments."""
+    rest, changes = [], {}
+    arguments = iter(argv)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not key.startswith(("--config.", "-config.")):
+            rest.append(argument)
+            continue
+        if not equals:
+            value = next(arguments, None)
+            if value is None:
+                _fail(f"{key}: expected a value, as in {key}=VALUE", "train")
+        changes[key.split(".", 1)[1]] = value
+    return rest, changes
+
+
+def _help(name: str, verb: Verb) -> str:
+    usage = f"vidgen {name}" + (f" {verb.positional.upper()}" if verb.positional else "")
+    usage += "".join(f" --{flag.name} …" for flag in verb.flags if flag.required)
+    lines = [usage, "", verb.help, ""]
+    for flag in verb.flags:
+        shown = "" if flag.default in (None, "", 0) else f" [{flag.default}]"
+        lines.append(f"  --{flag.name:<13} {flag.help}{shown}")
+    if name == "train":
+        lines.append("  --config.KEY=VALUE  any setting of vidgen/config.py, as --config.train.steps=2000")
+    return "\n".join([*lines, f"  --{'json':<13} the last line of stdout is one JSON object"])
+
+
+def _fail(message: str, verb: str = "") -> NoReturn:
+    print(f"vidgen{' ' + verb if verb else ''}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""Reads clips into rows and hands them to the devices ahead of the step.
+
+Grain reads and decodes rows in threads; one more thread stacks them into batches and starts their way to the devices.
+A batch is a pure function of its step, so a feed starts anywhere and nothing of it is saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import queue
+import sys
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import grain
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from vidgen.batch import TokenBatch
+from vidgen.config import ConfigError
+from vidgen.data.clip import BadClip, Clip
+from vidgen.data.order import mix
+from vidgen.data.packing import Packing, Placed, Row
+from vidgen.data.sources import Source
+from vidgen.data.text import encode_text
+from vidgen.geometry import Geometry, to_blocks
+
+AHEAD = 2  # batches on their way to the devices while a step runs
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedInfo:
+    """What a batch says of its making, on this host.
+
+    Attributes:
+      wait: seconds that the step waited for it.
+      bad: reason → how many of its clips are padding because of it.
+      bad_clips: (name, reason) of each of them.
+    """
+
+    wait: float
+    bad: dict[str, int]
+    bad_clips: tuple[tuple[str, str], ...] = ()
+
+
+BadClips = list[tuple[int, str]]  # (index, reason)
+
+
+def host_rows(
+    source: Source,
+    packing: Packing,
+    geometry: Geometry,
+    config: ConfigDict,
+    step: int,
+    rows: slice | Sequence[int] = slice(None),
+) -> TokenBatch:
+    """The chosen rows of a step: what a run's feed puts onto the devices, as NumPy arrays.
+
+    Args:
+      source: of the clips that `packing` planned with.
+      packing: which clip stands where.
+      geometry: pixels ↔ tokens.
+      config: of the run.
+      step: from 0.
+      rows: which of the B rows.
+
+    Returns:
+      A TokenBatch of the b chosen rows: tokens [b,S,D] u8 pixel blocks, context {"text": (ids, segment)}, clip i32.
+      A clip that cannot be read is padding, and moves nothing.
+    """
+    plan = packing.step(step)
+    chosen = plan[rows] if isinstance(rows, slice) else [plan[row] for row in rows]
+    return _stack([build_row(source, row, geometry, config)[0] for row in chosen])
+
+
+def build_row(source: Source, row: Row, geometry: Geometry, config: ConfigDict) -> tuple[TokenBatch, BadClips]:
+    """One row, without the batch axis, and the clips of it that could not be read."""
+    rows = config.rows
+    tokens = np.zeros((rows.tokens, math.prod(geometry.block) * 3), np.uint8)
+    coords = np.zeros((rows.tokens, 3), np.float32)
+    segment = np.zeros(rows.tokens, np.int32)
+    clips = np.full(rows.segments, -1, np.int32)
+    text, text_segment = np.zeros((2, rows.text), np.int32)
+    bad = []
+    for placed in row:
+        try:
+            clip = _read(source, placed)
+        except BadClip as error:
+            bad.append((placed.clip, str(error)))
+            continue
+        except Exception as error:
+            raise RuntimeError(
+                f"reading clip {source.name(placed.clip)} (index {placed.clip}, pass {placed.epoch}) failed:"
+                f" {type(error).__name__}: {error}"
+            ) from error
+        where = slice(placed.token_start, placed.token_start + placed.tokens)
+        tokens[where] = to_blocks(_crop(clip.video, placed, config.seed), geometry)
+        size = (placed.frames, placed.height, placed.width)
+        coords[where] = geometry.coords(*size, clip.fps if config.model.time_in_seconds else None)
+        segment[where] = placed.segment
+        clips[placed.segment - 1] = placed.clip
+        ids = encode_text(clip.caption, placed.text)
+        where = slice(placed.text_start, placed.text_start + len(ids))
+        text[where], text_segment[where] = ids, placed.segment
+    context = {"text": (text, text_segment)}
+    return TokenBatch(tokens, coords, segment, level=segment, context=context, clip=clips), bad
+
+
+def _read(source: Source, placed: Placed) -> Clip:
+    """The clip, if it is what the index says."""
+    clip = source.read(placed.clip, placed.epoch)
+    sizes, i = source.sizes, placed.clip
+    if clip.video.shape != (sizes.frames[i], sizes.height[i], sizes.width[i], 3) or clip.video.dtype != np.uint8:
+        raise BadClip("size differs from the index")
+    if len(clip.caption.encode("utf-8", errors="replace")) > sizes.text[i]:
+        raise BadClip("caption is longer than the index says")
+    return clip
+
+
+def _crop(video: np.ndarray, placed: Placed, seed: int) -> np.ndarray:
+    """The middle in space; in time a stretch that each pass draws anew."""
+    t, y, x = np.subtract(video.shape[:3], (placed.frames, placed.height, placed.width)).tolist()
+    t = int(mix(seed, 5, placed.epoch, placed.clip) % np.uint64(t + 1))
+    y, x = y // 2, x // 2
+    return video[t : t + placed.frames, y : y + placed.height, x : x + placed.width]
+
+
+def _stack(rows: Sequence[TokenBatch]) -> TokenBatch:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+
+def batches(
+    source: Source,
+    packing: Packing,
+    geometry: Geometry,
+    config: ConfigDict,
+    start_step: int,
+    mesh_sharding: jax.sharding.NamedSharding,
+) -> Batches:
+    """The batches of steps start_step, start_step + 1, … without end, each on the devices before it is asked for.
+
+    Args:
+      source, packing, geometry, config: as for `host_rows`.
+      start_step: the first step.
+      mesh_sharding: of the rows: PartitionSpec(("data", "fsdp")), say. A host reads only the rows of its devices.
+
+    Returns:
+      An iterator of (TokenBatch of global arrays, FeedInfo). Close it, use it in a `with`, or drop it: its threads end.
+
+    Raises:
+      ConfigError: rows that the devices can't share equally.
+    """
+    return Batches(source, packing, geometry, config, start_step, mesh_sharding)
+
+
+class Batches(Iterator[tuple[TokenBatch, FeedInfo]]):
+    """Iterator over (TokenBatch, FeedInfo) with threads behind it; made by `batches`."""
+
+    def __init__(
+        self,
+        source: Source,
+        packing: Packing,
+        geometry: Geometry,
+        config: ConfigDict,
+        start_step: int,
+        sharding: jax.sharding.NamedSharding,
+    ):
+        local = local_rows(sharding, config.rows.count)
+        rows = _grain_rows(source, packing, geometry, config, start_step, local)
+        self._queue: queue.Queue = queue.Queue(AHEAD)
+        stop = threading.Event()
+        place = _Placement(sharding, config.rows.count, local)
+        # The thread knows nothing of this object, so that dropping the object ends the thread.
+        thread = threading.Thread(
+            target=_work, args=(rows, place, source, self._queue, stop), name="vidgen-feed", daemon=True
+        )
+        self._error: BaseException | None = None
+        self.close = weakref.finalize(self, _close, self._queue, stop, thread)  # also when the interpreter exits
+        thread.start()
+
+    def __next__(self) -> tuple[TokenBatch, FeedInfo]:
+        if self._error is not None:
+            raise self._error
+        if not self.close.alive:
+            raise StopIteration
+        start = time.perf_counter()
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self._error = item
+            raise item
+        batch, info = item
+        return batch, dataclasses.replace(info, wait=time.perf_counter() - start)
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def local_rows(sharding: jax.sharding.NamedSharding, count: int) -> np.ndarray:
+    """Which of a step's rows this host's devices hold, in order."""
+    try:
+        slices = sharding.addressable_devices_indices_map((count,)).values()
+    except ValueError:
+        axis = sharding.spec[0] if len(sharding.spec) else ()
+        axes = axis if isinstance(axis, tuple) else (axis,)
+        devices = int(np.prod([sharding.mesh.shape[name] for name in axes if name]))
+        nearest = max(round(count / devices), 1) * devices
+        raise ConfigError(
+            f"config.rows.count={count}: {devices} devices share the rows, so it must be a multiple of {devices};"
+            f" the nearest is {nearest}"
+        ) from None
+    return np.unique(np.concatenate([np.arange(count)[index] for index in slices]))
+
+
+def _grain_rows(
+    source: Source, packing: Packing, geometry: Geometry, config: ConfigDict, start_step: int, local: np.ndarray
+) -> grain.DatasetIterator:
+    """Rows of this host one after the other, each (row, bad clips) or the exception that it ended in."""
+
+    def row(index: int):
+        # Whatever is raised inside Grain costs the records around it, so exceptions travel as values.
+        try:
+            step, place = start_step + index // len(local), local[index % len(local)]
+            return build_row(source, packing.step(step)[place], geometry, config)
+        except Exception as error:
+            return error
+
+    for key in ("threads", "prefetch"):
+        if config.data[key] < 0:
+            raise ConfigError(f"config.data.{key}={config.data[key]}: expected 0 or more")
+    threads = config.data.threads
+    ahead = max(config.data.prefetch * len(local), threads)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    rows = grain.MapDataset.range(sys.maxsize // 2).map(row)
+    return iter(rows.to_iter_dataset(options))
+
+
+class _Placement:
+    """Host rows → global arrays."""
+
+    def __init__(self, sharding: jax.sharding.NamedSharding, count: int, local: np.ndarray):
+        self.local = local
+        self._sharding, self._count = sharding, count
+
+    def __call__(self, batch: TokenBatch) -> TokenBatch:
+        def put(leaf: np.ndarray) -> jax.Array:
+            def piece(index: tuple[slice, ...]) -> np.ndarray:
+                first = np.searchsorted(self.local, index[0].start or 0)
+                stop = np.searchsorted(self.local, self._count if index[0].stop is None else index[0].stop)
+                return leaf[(slice(first, stop), *index[1:])]
+
+            shape = (self._count, *leaf.shape[1:])
+            return jax.make_array_from_callback(shape, self._sharding, piece)
+
+        return jax.tree.map(put, batch)
+
+
+def _work(
+    rows: grain.DatasetIterator, place: _Placement, source: Source, out: queue.Queue, stop: threading.Event
+) -> None:
+    """Thread: rows → batches on the devices → `out`, until told to stop or something is raised."""
+    logged: set[tuple[int, str]] = set()
+    try:
+        while not stop.is_set():
+            built = []
+            for row in itertools.islice(rows, len(place.local)):
+                if isinstance(row, Exception):
+                    raise row
+                if stop.is_set():
+                    return
+                built.append(row)
+            bad = [(clip, reason) for _, row_bad in built for clip, reason in row_bad]
+            for clip, reason in bad:
+                if (clip, reason) not in logged:
+                    logging.warning("clip %s (index %d) is left out: %s", source.name(clip), clip, reason)
+                    logged.add((clip, reason))
+            info = FeedInfo(
+                wait=0.0,
+                bad=dict(Counter(reason for _, reason in bad)),
+                bad_clips=tuple((source.name(clip), reason) for clip, reason in bad),
+            )
+            _put(out, (place(_stack([row for row, _ in built])), info), stop)
+    except BaseException as error:
+        _put(out, error, stop)
+    finally:
+        rows.close()
+
+
+def _put(out: queue.Queue, item, stop: threading.Event) -> None:
+    """`out.put`, given up when told to stop."""
+    while not stop.is_set():
+        try:
+            return out.put(item, timeout=0.2)
+        except queue.Full:
+            pass
+
+
+def _close(out: queue.Queue, stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    while True:  # lets go of the batches that wait
+        try:
+            out.get_nowait()
+        except queue.Empty:
+            break
+    if thread is not threading.current_thread():
+        thread.join(timeout=10)

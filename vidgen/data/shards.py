@@ -1,0 +1,220 @@
+"""Clips on disk: ArrayRecord shards that are a TFDS dataset too, and an index beside them.
+
+A directory of shards holds
+
+    clips-train.array_record-00000-of-00002   records: encoded video, caption, id, frames, height, width, fps
+    dataset_info.json, features.json          what `tfds.builder_from_directory` reads; no TensorFlow anywhere
+    index.jsonl                               a `Row` a clip, in the order of the records
+    dropped.jsonl                             what did not become clips: file, reason, detail
+    ingest.json                               the settings and the result of the ingest
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from vidgen.config import ConfigError
+from vidgen.data.clip import BadClip, Clip, ClipSizes
+from vidgen.data.decode import decode
+
+NAME = "clips"
+SHARD_BYTES = 256 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What the index says of one clip.
+
+    Attributes:
+      id: unique in the dataset.
+      frames, height, width: of the video as stored.
+      fps: frames a second.
+      caption: whole, whatever its length.
+      checksum: SHA-256 of the record's video bytes, in hex.
+      source: the file that the clip was cut from, as the ingest's input named it.
+      start: seconds into that file.
+    """
+
+    id: str
+    frames: int
+    height: int
+    width: int
+    fps: float
+    caption: str
+    checksum: str
+    source: str
+    start: float
+
+
+def checksum(video: bytes) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(video).hexdigest()
+
+
+def _features():
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict(
+        {
+            "video": tfds.features.Scalar(np.object_, doc="an MP4 file (H.264, short GOP)"),
+            "caption": tfds.features.Text(),
+            "id": tfds.features.Text(),
+            "frames": np.int32,
+            "height": np.int32,
+            "width": np.int32,
+            "fps": np.float32,
+        }
+    )
+
+
+class ShardWriter:
+    """Writes records and index into an existing directory; it is a dataset only once `finish` has returned."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._features = _features()
+        self._index = (directory / "index.jsonl").open("w", encoding="utf-8")
+        self._lengths, self._bytes, self._shard, self._shard_bytes = [], 0, None, 0
+
+    def add(self, row: Row, video: bytes) -> None:
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        if self._shard is None or self._shard_bytes >= SHARD_BYTES:
+            self._close_shard()
+            # Records that are compressed already gain nothing from more of it.
+            path = self._directory / f"shard-{len(self._lengths):05d}"
+            self._shard, self._shard_bytes = ArrayRecordWriter(str(path), "group_size:1,uncompressed"), 0
+            self._lengths.append(0)
+        fields = {k: getattr(row, k) for k in ("caption", "id", "frames", "height", "width", "fps")}
+        record = self._features.serialize_example({"video": video, **fields})
+        self._shard.write(record)
+        self._index.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+        self._lengths[-1] += 1
+        self._shard_bytes += len(record)
+        self._bytes += len(record)
+
+    def finish(self) -> int:
+        """Names the shards, writes what TFDS needs, and returns the bytes of all records."""
+        self._close_shard()
+        self._index.close()
+        count = len(self._lengths)
+        for i in range(count):
+            name = f"{NAME}-train.array_record-{i:05d}-of-{count:05d}"
+            (self._directory / f"shard-{i:05d}").rename(self._directory / name)
+        self._features.save_config(str(self._directory))
+        split = {
+            "name": "train",
+            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            "numBytes": str(self._bytes),
+            "shardLengths": [str(n) for n in self._lengths],
+        }
+        info = {
+            "name": NAME,
+            "version": "1.0.0",
+            "description": "Captioned clips, ingested by vidgen.",
+            "fileFormat": "array_record",
+            "splits": [split],
+        }
+        (self._directory / "dataset_info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
+        return self._bytes
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
+
+
+def read_index(directory: str | os.PathLike) -> list[Row]:
+    """All rows of a directory of shards; raises ConfigError where there is none, or one that cannot be read."""
+    path = Path(directory) / "index.jsonl"
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            return [Row(**json.loads(line)) for line in file]
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{directory}: no shards there; make them with: vidgen ingest --input DIR --output {directory}"
+        ) from None
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: not an index of vidgen ingest: {error}") from None
+
+
+class ShardSource:
+    """Clips of a directory of shards, by random access. See `Source`.
+
+    Raises ConfigError if the directory is not one, lacks files, or its index and its records differ in number.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self._directory = os.path.abspath(directory)
+        rows = read_index(self._directory)
+        if not rows:
+            raise ConfigError(f"{directory}: no clips in it")
+        self.sizes = ClipSizes(
+            frames=np.array([r.frames for r in rows], np.int32),
+            height=np.array([r.height for r in rows], np.int32),
+            width=np.array([r.width for r in rows], np.int32),
+            fps=np.array([r.fps for r in rows], np.float32),
+            text=np.array([len(r.caption.encode()) for r in rows], np.int32),
+        )
+        self._ids = [r.id for r in rows]
+        self._sources = [r.source for r in rows]
+        self._checksums = [r.checksum for r in rows]
+        # The checksums stand for the pixels, so the index stands for everything.
+        digest = hashlib.sha256((Path(self._directory) / "index.jsonl").read_bytes())
+        self.fingerprint = f"shards-{digest.hexdigest()[:16]}"
+        self._records, self._lock = None, threading.Lock()
+        if len(self._open()) != len(rows):
+            raise ConfigError(f"{directory}: {len(rows)} clips in index.jsonl, {len(self._open())} in the shards")
+
+    def _open(self):
+        with self._lock:
+            if self._records is None:
+                import tensorflow_datasets as tfds
+
+                try:
+                    self._records = tfds.builder_from_directory(self._directory).as_data_source("train")
+                except Exception as error:  # TFDS has no error of its own for a file that lacks
+                    raise ConfigError(f"{self._directory}: {' '.join(str(error).split())}") from None
+            return self._records
+
+    def __getstate__(self):
+        return {**self.__dict__, "_records": None, "_lock": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def read(self, index: int, epoch: int) -> Clip:
+        """Clip `index`, the same in every epoch.
+
+        Raises BadClip: "unreadable record", "checksum differs", "size differs from the index", or as `decode` does.
+        """
+        del epoch
+        try:
+            record = self._open()[int(index)]
+        except Exception as error:  # ArrayRecord raises RuntimeError, ValueError, IndexError and more
+            raise BadClip("unreadable record") from error
+        if checksum(record["video"]) != self._checksums[index]:
+            raise BadClip("checksum differs")
+        video, _ = decode(record["video"])
+        sizes = self.sizes
+        if video.shape[:3] != (sizes.frames[index], sizes.height[index], sizes.width[index]):
+            raise BadClip("size differs from the index")
+        return Clip(video=video, caption=record["caption"].decode(), fps=float(sizes.fps[index]))
+
+    def name(self, index: int) -> str:
+        """The clip's id: file, start in seconds, frames."""
+        return self._ids[index]
+
+    def group(self, index: int) -> str:
+        """The file that clip `index` was cut from: clips of one file are never on both sides of a split."""
+        return self._sources[index]

@@ -1,0 +1,101 @@
+"""A tokenizer and a denoiser that belong together: what is trained, and what samples are drawn from."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vidgen.batch import TokenBatch
+from vidgen.diffusion import path
+from vidgen.diffusion.guidance import guided
+from vidgen.diffusion.solvers import integrate
+from vidgen.diffusion.timesteps import sampling_times
+from vidgen.models import dit
+from vidgen.text import encoder
+from vidgen.tokenizers import base as tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """Frozen and hashable; parameters are passed in."""
+
+    tokenizer: tokenizers.BlockTokenizer
+    denoiser: dit.DiT
+
+    def init(self, key: jax.Array, batch: TokenBatch) -> Any:
+        """Parameters, float32; `batch` gives the shapes only: `example(config)`."""
+        noisy = jnp.zeros((*batch.segment.shape, self.tokenizer.geometry.features))
+        return self.denoiser.init(key, noisy, jnp.zeros((1, 2)), batch)["params"]
+
+    def predict(self, params: Any, noisy_BxSxP: jax.Array, levels_BxN: jax.Array, batch: TokenBatch) -> jax.Array:
+        """What the denoiser puts out, [B,S,P] f32."""
+        return self.denoiser.apply({"params": params}, noisy_BxSxP, levels_BxN, batch)
+
+    def encode_context(self, params: Any, batch: TokenBatch) -> TokenBatch:
+        """`batch` with its text as values."""
+        return self.denoiser.apply({"params": params}, batch, method="encode_context")
+
+
+def from_config(config: ConfigDict) -> Generator:
+    """The generator of a config; raises ConfigError."""
+    tokenizer = tokenizers.from_config(config.tokenizer)
+    text = encoder.from_config(config)
+    return Generator(tokenizer, dit.from_config(config, tokenizer.geometry.features, text))
+
+
+def example(config: ConfigDict) -> TokenBatch:
+    """A row of zeros in the shapes of a config: what parameters are initialised with."""
+    r = config.rows
+    ids = np.zeros((1, r.text), np.int32)
+    segment = np.zeros((1, r.tokens), np.int32)
+    coords = np.zeros((1, r.tokens, 3), np.float32)
+    return TokenBatch(tokens=None, coords=coords, segment=segment, level=segment, context={"text": (ids, ids)})
+
+
+def generate(
+    generator: Generator,
+    params: Any,
+    batch: TokenBatch,
+    unconditional: TokenBatch | None,
+    noise_BxSxP: jax.Array,
+    key: jax.Array,
+    objective: ConfigDict,
+    *,
+    solver: str,
+    steps: int,
+    guidance: float,
+    eta: float,
+) -> jax.Array:
+    """Draws tokens [B,S,P] f32 for rows of one clip each, without padding, noise level 1 of the row's two its own.
+
+    Args:
+      batch: rows with prompts; `tokens` are what to keep where `known` is True, and are not looked at elsewhere.
+      unconditional: the same rows with the negative prompt, or None for no guidance.
+      noise_BxSxP: standard normal.
+      key: for the fresh noise of DDIM with eta > 0.
+    """
+    batch = generator.encode_context(params, batch)
+    if unconditional is not None:
+        unconditional = generator.encode_context(params, unconditional)
+
+    def keep(x):
+        return x if batch.known is None else jnp.where(batch.known, batch.tokens, x)
+
+    def velocity(x, t):
+        x = keep(x)
+        levels = jnp.stack([jnp.zeros_like(t), t]) * jnp.ones((x.shape[0], 1))  # level 0 is clean
+
+        def predict(rows):
+            prediction = generator.predict(params, x, levels, rows)
+            return path.velocity_from(objective.prediction, prediction, x, t)
+
+        v = predict(batch)
+        return v if unconditional is None else guided(v, predict(unconditional), guidance)
+
+    times = sampling_times(objective, steps, noise_BxSxP.shape[1])
+    return keep(integrate(velocity, noise_BxSxP, times, solver, key, eta))

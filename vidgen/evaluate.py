@@ -1,0 +1,92 @@
+"""`vidgen evaluate`: what a trained model gets right."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vidgen import sample
+from vidgen.config import ConfigError
+from vidgen.evaluation import moving_shapes
+from vidgen.studio import media
+
+
+def run(
+    workdir: str, suite: str, *, prompts: int = 144, seed: int = 0, step: int | None = None, **settings: Any
+) -> dict:
+    """Evaluates the averaged weights of a checkpoint and prints a table.
+
+    Writes WORKDIR/evaluation/SUITE.json, SUITE-<step>.json (which stays, as history) and SUITE.gif and .mp4, the clips
+    that were judged.
+
+    Args:
+      workdir: of a training run.
+      suite: a key of SUITES.
+      prompts: how many clips are judged.
+      seed: of the prompts and the noise.
+      step: of the checkpoint; None: the newest.
+      **settings: instead of the keys of `config.sample`: frames, height, width, fps, solver, steps, guidance, eta.
+
+    Returns what SUITE.json holds. Raises ConfigError.
+    """
+    if suite not in SUITES:
+        near = difflib.get_close_matches(suite, SUITES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"unknown suite {suite!r}: known are {', '.join(SUITES)}{hint}")
+    if prompts < 1:
+        raise ConfigError(f"--prompts={prompts}: expected at least 1")
+    config, generator, params, step = sample.load(workdir, step)
+    sample.override(config, settings)
+    results, videos = SUITES[suite](config, generator, params, prompts, seed)
+    results = {"suite": suite, "step": step, **results, "sample": config.sample.to_dict()}
+
+    folder = os.path.join(workdir, "evaluation")
+    text = json.dumps(results, ensure_ascii=False, indent=2).encode()
+    for name in (f"{suite}.json", f"{suite}-{step}.json"):
+        media.write(os.path.join(folder, name), text)
+    shown = media.grid(videos[:36], scale=max(1, sample.scale_for(config.sample.width) // 2))
+    for kind in ("gif", "mp4"):
+        media.save_video(os.path.join(folder, f"{suite}.{kind}"), shown, config.sample.fps)
+    return results
+
+
+def _moving_shapes(config: ConfigDict, generator, params, count: int, seed: int) -> tuple[dict, list[np.ndarray]]:
+    """Held-out combinations of attributes, judged by parsing the clips; see `evaluation/moving_shapes.py`."""
+    size = (config.sample.frames, config.sample.height, config.sample.width)
+    shapes = ConfigDict(config.data.moving_shapes)
+    shapes.sizes = (size,)
+    asked = moving_shapes.prompts(shapes, count, seed)
+    texts = [prompt.text for prompt in asked]
+    videos = sample.draw(config, generator, params, texts, seeds=range(seed, seed + count), zipped=True)
+    verdicts = [moving_shapes.judge(video, prompt.scene) for video, prompt in zip(videos, asked, strict=True)]
+    fields = ("shape", "colour", "motion", "count", "all_right", "permanence")
+    per_prompt = [
+        {"prompt": p.text} | {f: getattr(v, f) for f in fields} | {"flicker": v.flicker, "seen": _told(v.seen)}
+        for p, v in zip(asked, verdicts, strict=True)
+    ]
+    return moving_shapes.summary(verdicts) | {"per_prompt": per_prompt}, videos
+
+
+def _told(seen) -> str:
+    return "; ".join(f"{s.colour} {s.shape} {'/'.join(s.motions)}".strip() for s in seen) or "nothing"
+
+
+SUITES: dict[str, Callable] = {"moving_shapes": _moving_shapes}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures of `run` for a terminal."""
+    rows = [(k, v) for k, v in results.items() if isinstance(v, (int, float)) and k != "step"]
+    lines = [
+        f"  {name:<12} {value:>7.1%}"
+        if isinstance(value, float) and name != "flicker"
+        else f"  {name:<12} {value:>7.4g}"
+        for name, value in rows
+    ]
+    return "\n".join([f"{results['suite']}, step {results['step']}", *lines])

@@ -1,0 +1,110 @@
+"""What a step of the denoiser minimises: rectified flow on packed rows."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vidgen.batch import TokenBatch
+from vidgen.config import ConfigError
+from vidgen.data.text import BEGIN
+from vidgen.diffusion import path
+from vidgen.diffusion.generator import Generator
+from vidgen.diffusion.timesteps import evaluation_levels, logit_normal
+from vidgen.models.blocks import pick
+
+
+def check(objective: ConfigDict) -> None:
+    """Raises ConfigError on settings that mean nothing."""
+    for name in ("prediction", "loss"):
+        if objective[name] not in path.SPACES:
+            raise ConfigError(f"config.objective.{name}={objective[name]!r}: known are {', '.join(path.SPACES)}")
+    if not 0 <= objective.caption_dropout <= 1:
+        raise ConfigError(f"config.objective.caption_dropout={objective.caption_dropout}: expected 0 to 1")
+
+
+def trained(batch: TokenBatch) -> jax.Array:
+    """[B,S] f32: 1 for tokens that the loss looks at, neither padding nor wholly known."""
+    weight = batch.segment > 0
+    if batch.known is not None:
+        weight = weight & ~batch.known.all(axis=-1)
+    return weight.astype(jnp.float32)
+
+
+def segment_tokens(batch: TokenBatch, segments: int) -> jax.Array:
+    """[B,K] f32: tokens of each of the row's clips."""
+    hot = jax.nn.one_hot(batch.segment, segments + 1, dtype=jnp.float32)
+    return hot.sum(axis=1)[:, 1:]
+
+
+def drop_captions(batch: TokenBatch, dropped_BxK: jax.Array) -> TokenBatch:
+    """Leaves only the begin token of the captions of dropped segments, which is what an empty prompt is."""
+    ids, segment = batch.context["text"]
+    dropped = jnp.pad(dropped_BxK, ((0, 0), (1, 0)))
+    gone = jnp.take_along_axis(dropped, segment, axis=1) & (ids != BEGIN)
+    return batch.replace(context=batch.context | {"text": (ids, jnp.where(gone, 0, segment))})
+
+
+def row_randomness(keys_B: jax.Array, segments: int, shape: tuple[int, int]):
+    """Each row's own noise, so that it is the same in whatever microbatch, mesh or host the row stands.
+
+    Returns: (normal numbers of the noise levels [B,K], uniform numbers for dropout [B,K], noise [B,S,P]).
+    """
+
+    def row(key):
+        level, drop, noise = jax.random.split(key, 3)
+        return (
+            jax.random.normal(level, (segments,)),
+            jax.random.uniform(drop, (segments,)),
+            jax.random.normal(noise, shape),
+        )
+
+    return jax.vmap(row)(keys_B)
+
+
+def errors(
+    generator: Generator, params, batch: TokenBatch, levels_BxN, noise_BxSxP, objective: ConfigDict
+) -> jax.Array:
+    """Squared error of each token in the loss space, mean over its features, [B,S] f32. `batch` holds latents."""
+    t = pick(levels_BxN[..., None], batch.level)
+    noisy = path.noised(batch.tokens, noise_BxSxP, t)
+    if batch.known is not None:
+        noisy = jnp.where(batch.known, batch.tokens, noisy)
+    prediction = generator.predict(params, noisy, levels_BxN, batch)
+    error = prediction - path.target(objective.prediction, batch.tokens, noise_BxSxP, t)
+    weight = path.loss_weight(objective.prediction, objective.loss, t[..., 0], objective.time_min)
+    return weight * jnp.mean(error * error, axis=-1)
+
+
+def loss_sum(generator: Generator, params, batch: TokenBatch, keys_B: jax.Array, objective: ConfigDict) -> jax.Array:
+    """Sum of the trained tokens' errors; divide by the trained tokens of the global batch.
+
+    Args:
+      batch: rows from the feed: u8 blocks, byte ids.
+      keys_B: a random key a row.
+    """
+    batch = batch.replace(tokens=generator.tokenizer.encode_blocks(batch.tokens))
+    segments = batch.clip.shape[1]
+    normal, uniform, noise = row_randomness(keys_B, segments, batch.tokens.shape[1:])
+    levels = logit_normal(normal, objective, segment_tokens(batch, segments))
+    levels = jnp.pad(levels, ((0, 0), (1, 0)))  # level 0: clean
+    batch = drop_captions(batch, uniform < objective.caption_dropout)
+    return jnp.sum(trained(batch) * errors(generator, params, batch, levels, noise, objective))
+
+
+def heldout_sums(
+    generator: Generator, params, batch: TokenBatch, keys_B: jax.Array, objective: ConfigDict, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """(summed error at each of `count` fixed noise levels [count], trained tokens): no randomness but the rows' noise."""
+    batch = batch.replace(tokens=generator.tokenizer.encode_blocks(batch.tokens))
+    segments = batch.clip.shape[1]
+    _, _, noise = row_randomness(keys_B, segments, batch.tokens.shape[1:])
+    grid = evaluation_levels(objective, segment_tokens(batch, segments), count)
+    batch = generator.encode_context(params, batch)
+
+    def at(levels):
+        levels = jnp.pad(levels, ((0, 0), (1, 0)))
+        return jnp.sum(trained(batch) * errors(generator, params, batch, levels, noise, objective))
+
+    return jax.lax.map(at, grid), jnp.sum(trained(batch))

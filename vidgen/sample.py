@@ -1,0 +1,246 @@
+"""`vidgen sample`: prompts in, videos out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vidgen.batch import TokenBatch
+from vidgen.config import ConfigError
+from vidgen.data.clip import BadClip
+from vidgen.data.sources import open_source
+from vidgen.data.text import encode_text
+from vidgen.diffusion import generator as generators
+from vidgen.diffusion.generator import Generator
+from vidgen.diffusion.solvers import SOLVERS
+from vidgen.studio import media
+from vidgen.training.checkpoint import Checkpoints, read_config
+
+CLIPS_AT_ONCE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What was drawn: `videos[prompt][seed]` is [T,H,W,3] u8; `files` were written."""
+
+    step: int
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    videos: list[list[np.ndarray]]
+    files: tuple[str, ...]
+
+
+def run(
+    workdir: str,
+    prompts: Sequence[str],
+    output: str,
+    *,
+    seeds: Sequence[int] = (0,),
+    negative: str = "",
+    step: int | None = None,
+    **settings: Any,
+) -> Result:
+    """Draws a grid of prompts × seeds with the averaged weights of a checkpoint and writes it as MP4 and as GIF.
+
+    Args:
+      workdir: of a training run.
+      prompts: rows of the grid; in any script.
+      output: FILE.mp4 or FILE.gif; its twin of the other kind and FILE.json (what was asked for) stand beside it, and
+        where there are several clips, each of them in the folder FILE/.
+      seeds: columns of the grid; the same seed starts from the same noise.
+      negative: what guidance leads away from; empty: nothing in particular.
+      step: of the checkpoint; None: the newest.
+      **settings: instead of the keys of `config.sample`: frames, height, width, fps, solver, steps, guidance, eta.
+
+    Raises ConfigError.
+    """
+    if not prompts:
+        raise ConfigError("no prompt: expected --prompt TEXT, once or several times")
+    if not seeds:
+        raise ConfigError("no seed: expected --seed N, once or several times")
+    media.check_suffix(output)
+    config, generator, params, step = load(workdir, step)
+    override(config, settings)
+    videos = draw(config, generator, params, prompts, seeds=seeds, negative=negative)
+    rows = [videos[i : i + len(seeds)] for i in range(0, len(videos), len(seeds))]
+    folder, name = os.path.split(os.path.splitext(os.path.abspath(output))[0])
+    os.makedirs(folder, exist_ok=True)
+    scale = scale_for(config.sample.width)
+    files = write_grid(
+        folder, name, media.grid(rows, scale=scale), config, prompts, seeds, negative=negative, step=step
+    )
+    if len(videos) > 1:
+        os.makedirs(os.path.join(folder, name), exist_ok=True)
+        for p, row in enumerate(rows):
+            for seed, video in zip(seeds, row, strict=True):
+                path = os.path.join(folder, name, f"prompt{p:02d}_seed{seed}.mp4")
+                media.save_video(path, video, config.sample.fps)
+                files.append(path)
+    return Result(step, tuple(prompts), tuple(seeds), rows, tuple(files))
+
+
+def load(workdir: str, step: int | None = None) -> tuple[ConfigDict, Generator, Any, int]:
+    """(config, generator, averaged weights, step) of a checkpoint of `workdir`, the newest unless told; ConfigError."""
+    config = read_config(workdir)
+    generator = generators.from_config(config)
+    checkpoints = Checkpoints(workdir, config.train.keep)
+    try:
+        found = checkpoints.steps
+        if not found:
+            raise ConfigError(f"{workdir}/checkpoints: no finished checkpoint yet; train first, or wait for the first")
+        step = found[-1] if step is None else step
+        if step not in found:
+            raise ConfigError(f"{workdir}/checkpoints: no step {step}; there are {', '.join(map(str, found))}")
+        like = jax.eval_shape(lambda: generator.init(jax.random.key(0), generators.example(config)))
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), like)
+        return config, generator, checkpoints.restore_ema(step, like), step
+    finally:
+        checkpoints.close()
+
+
+def override(config: ConfigDict, settings: dict[str, Any]) -> None:
+    """Sets those keys of `config.sample` that are not None; raises ConfigError."""
+    for key, value in settings.items():
+        if value is not None:
+            config.sample[key] = value
+    check(config)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError on sampling settings that mean nothing."""
+    s = config.sample
+    if s.solver not in SOLVERS:
+        raise ConfigError(f"config.sample.solver={s.solver!r}: known are {', '.join(SOLVERS)}")
+    for key in ("frames", "height", "width", "steps"):
+        if s[key] < 1:
+            raise ConfigError(f"config.sample.{key}={s[key]}: expected at least 1")
+    if s.fps <= 0:
+        raise ConfigError(f"config.sample.fps={s.fps}: expected more than 0")
+    if not 0 <= s.eta <= 1:
+        raise ConfigError(f"config.sample.eta={s.eta}: expected 0 to 1")
+
+
+def draw(
+    config: ConfigDict,
+    generator: Generator,
+    params: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    negative: str = "",
+    zipped: bool = False,
+) -> list[np.ndarray]:
+    """Clips [T,H,W,3] u8 for each prompt and, within it, each seed, at the size of `config.sample`.
+
+    With `zipped`, each prompt has the seed at its own place instead. Sizes that do not cut into tokens are drawn at the
+    next larger one and cropped.
+    """
+    s, geometry = config.sample, generator.tokenizer.geometry
+    size = geometry.cover(s.frames, s.height, s.width)
+    grid = geometry.grid(*size)
+    wanted = list(zip(prompts, seeds, strict=True)) if zipped else [(p, s) for p in prompts for s in seeds]
+    texts = [encode_text(text, config.rows.caption) for text in {*prompts, negative}]
+    length = -(-max(map(len, texts)) // 32) * 32  # few lengths, few compiles
+    at_once = min(CLIPS_AT_ONCE, len(wanted))
+    sampler = _sampler(generator, config.objective.to_json(), grid, s.solver, s.steps, float(s.guidance), float(s.eta))
+    noise_of = functools.lru_cache(
+        lambda seed: jax.random.normal(jax.random.key(seed), (np.prod(grid), geometry.features))
+    )
+    videos = []
+    for first in range(0, len(wanted), at_once):
+        chunk = wanted[first : first + at_once]
+        padded = chunk + [chunk[-1]] * (at_once - len(chunk))
+        rows = clip_rows(config, geometry, [p for p, _ in padded], size, length)
+        empty = clip_rows(config, geometry, [negative] * at_once, size, length)
+        noise = jnp.stack([noise_of(seed) for _, seed in padded])
+        video = sampler(params, rows, empty, noise, jax.random.key(first))
+        video = np.asarray(video)[: len(chunk), : s.frames]
+        y, x = (size[1] - s.height) // 2, (size[2] - s.width) // 2
+        videos += list(video[:, :, y : y + s.height, x : x + s.width])
+    return videos
+
+
+def clip_rows(
+    config: ConfigDict, geometry, prompts: Sequence[str], size: tuple[int, int, int], length: int
+) -> TokenBatch:
+    """A row for each prompt that holds one clip of `size` and nothing else, as the feed lays clips out."""
+    coords = geometry.coords(*size, config.sample.fps if config.model.time_in_seconds else None)
+    ids = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        text = encode_text(prompt, config.rows.caption)
+        row[: len(text)] = text
+    segment = np.ones((len(prompts), len(coords)), np.int32)
+    return TokenBatch(
+        tokens=None,
+        coords=np.broadcast_to(coords, (len(prompts), *coords.shape)),
+        segment=segment,
+        level=segment,
+        context={"text": (ids, (ids > 0).astype(np.int32))},
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _sampler(generator: Generator, objective: str, grid, solver: str, steps: int, guidance: float, eta: float):
+    """The jitted sampler of one shape of clip."""
+    objective = ConfigDict(json.loads(objective))
+
+    @jax.jit
+    def sample(params, rows, empty, noise, key):
+        tokens = generators.generate(
+            generator,
+            params,
+            rows,
+            None if guidance == 1 else empty,
+            noise,
+            key,
+            objective,
+            solver=solver,
+            steps=steps,
+            guidance=guidance,
+            eta=eta,
+        )
+        video = generator.tokenizer.decode_tokens(tokens, grid)
+        return jnp.round(jnp.clip((video + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+
+    return sample
+
+
+def heldout_captions(config: ConfigDict, count: int) -> list[str]:
+    """Captions of held-out clips, evenly spread over them and without repetition."""
+    source = open_source(config.data, "heldout")
+    captions: dict[str, None] = {}
+    for index in np.linspace(0, len(source.sizes) - 1, min(4 * count, len(source.sizes))).astype(int):
+        try:
+            captions.setdefault(source.read(int(index), 0).caption)
+        except BadClip:
+            continue
+        if len(captions) == count:
+            break
+    return list(captions)
+
+
+def scale_for(width: int) -> int:
+    """How often to enlarge pixels so that a small clip can be seen."""
+    return max(1, 128 // width)
+
+
+def write_grid(folder: str, name: str, video: np.ndarray, config: ConfigDict, prompts, seeds, **more: Any) -> list[str]:
+    """Writes FOLDER/NAME.mp4 and .gif, and what was asked for beside them; returns the paths."""
+    files = [os.path.join(folder, f"{name}.{kind}") for kind in ("mp4", "gif")]
+    for path in files:
+        media.save_video(path, video, config.sample.fps)
+    asked = {"prompts": list(prompts), "seeds": list(seeds), **more, **config.sample.to_dict()}
+    asked["prompts"] = list(prompts)
+    path = os.path.join(folder, "prompts.json" if name == "grid" else f"{name}.json")
+    media.write(path, json.dumps(asked, ensure_ascii=False, indent=2).encode())
+    return [*files, path]

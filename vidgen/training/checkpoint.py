@@ -1,0 +1,137 @@
+"""Checkpoints: Orbax, asynchronous, restored straight onto any mesh."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+from ml_collections import ConfigDict
+
+from vidgen import config as configs
+from vidgen.config import ConfigError
+from vidgen.training.state import TrainState
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of a workdir: `WORKDIR/checkpoints/<step>/`.
+
+    A checkpoint has the state without its moving average, the moving average on its own, so that a sampler reads no
+    more than it needs, and a few facts as JSON.
+    """
+
+    def __init__(self, workdir: str, keep: int = 2):
+        absl_logging.get_absl_logger().setLevel("WARNING")  # Orbax tells every file at INFO
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+        names = ("state", "ema", "facts")
+        self._directory = os.path.join(os.path.abspath(workdir), FOLDER)
+        try:
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=names)
+        except OSError as e:
+            raise ConfigError(
+                f"{self._directory}: {e.strerror or e}; expected a directory that can be written"
+            ) from None
+
+    @property
+    def latest(self) -> int | None:
+        """The newest finished checkpoint's step."""
+        return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """The finished checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, facts: dict[str, Any]) -> None:
+        """Starts to save; the state may be donated as soon as this returns. A save that failed is raised by the next."""
+        step = int(state.step)
+        if step == self.latest:
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_without_ema(state)),
+            ema=ocp.args.StandardSave(state.ema),
+            facts=ocp.args.JsonSave(facts),
+        )
+        self._guarded(lambda: self._manager.save(step, args=args, force=True))
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What `save` was given beside the state."""
+        return self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of `step`; `like` holds ShapeDtypeStructs with the shardings to restore into."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_without_ema(like)), ema=ocp.args.StandardRestore(like.ema)
+        )
+        items = self._manager.restore(step, args=args)
+        return TrainState(**items["state"], ema=items["ema"])
+
+    def restore_ema(self, step: int, like: Any) -> Any:
+        """The moving average of `step` alone."""
+        return self._manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(like)))["ema"]
+
+    def wait(self) -> None:
+        """Until what was saved is on disk; raises ConfigError if it could not be written."""
+        self._guarded(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _guarded(self, act) -> None:
+        try:
+            act()
+        except (OSError, ValueError) as e:  # tensorstore raises ValueError for a full disk
+            text = " ".join(str(e).split())
+            raise ConfigError(f"{self._directory}: the checkpoint could not be written: {text[:300]}") from e
+
+
+def _without_ema(state: TrainState) -> dict[str, Any]:
+    return {name: value for name, value in vars(state).items() if name != "ema"}
+
+
+def write_config(workdir: str, config: ConfigDict) -> None:
+    """Writes WORKDIR/config.json; raises ConfigError if the workdir can't be written or holds another run.
+
+    Settings that only say how long, how often and where may change between a run and its continuation; all others
+    decide what is trained, and another value is refused.
+    """
+    path = os.path.join(workdir, "config.json")
+    if os.path.exists(path):
+        differing = [k for k in configs.difference(read_config(workdir), config) if not k.startswith(MAY_CHANGE)]
+        if differing:
+            raise ConfigError(
+                f"{workdir} holds a run of another config: it differs in {', '.join(differing[:5])}"
+                f"{f' and {len(differing) - 5} more' if len(differing) > 5 else ''}; "
+                "take another --workdir, or the settings of its config.json"
+            )
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.write(configs.to_json(config) + "\n")
+        os.replace(path + ".tmp", path)
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that can be written") from None
+
+
+MAY_CHANGE = ("train.", "mesh.", "sample.", "data.threads", "data.prefetch", "model.remat", "model.unroll")
+
+
+def read_config(workdir: str) -> ConfigDict:
+    """The config of a workdir; raises ConfigError where there is none."""
+    path = os.path.join(workdir, "config.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            return configs.from_json(f.read())
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that `vidgen train` made") from None
+    except ValueError as e:
+        raise ConfigError(f"{path}: not the config of a run ({e})") from None
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs with shardings, for `Checkpoints.restore`."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -1,0 +1,280 @@
+"""What a run tells of itself: metrics.jsonl, TensorBoard, Weights & Biases where wanted, and a line on the terminal."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+import numpy as np
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from vidgen.config import ConfigError
+from vidgen.data import decode
+
+FILE = "metrics.jsonl"
+
+
+def read(workdir: str) -> list[dict[str, Any]]:
+    """The rows of WORKDIR/metrics.jsonl, oldest first: "step" and what was measured, None where it was not finite.
+
+    No file, no rows. A last line without its end, as a killed run leaves it, is no row yet. Raises ConfigError for a
+    line that is no JSON object with a step.
+    """
+    path = os.path.join(workdir, FILE)
+    rows = []
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            row = json.loads(line)
+            rows.append(row | {"step": int(row["step"])})
+        except (ValueError, TypeError, KeyError):
+            found = line if len(line) <= 60 else line[:60] + "…"
+            raise ConfigError(f"{path}, line {number}: expected a JSON object with a step, found {found!r}") from None
+    return rows
+
+
+def truncate(workdir: str, step: int) -> None:
+    """Drops the rows of `step` and later, and an unfinished last line, from WORKDIR/metrics.jsonl.
+
+    A run that resumes at a checkpoint measures the steps after it once more; the file stays monotonic. It is replaced
+    in one move, so that a crash in the middle costs nothing.
+    """
+    path = os.path.join(workdir, FILE)
+    if not os.path.exists(path):
+        return
+    kept = "".join(json.dumps(row) + "\n" for row in read(workdir) if row["step"] < step)
+    try:
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.write(kept)
+        os.replace(path + ".tmp", path)
+    except OSError as e:
+        raise _unwritable(path, e) from None
+
+
+class MetricWriter:
+    """Writes a run's metrics; one process of a run has one.
+
+    Every row is on disk before the call returns. Use `resume` before the first row of a run that goes on.
+    """
+
+    def __init__(self, workdir: str, *, wandb_project: str = "", config_json: str = ""):
+        """Opens WORKDIR/metrics.jsonl for appending and a new event file in WORKDIR/tensorboard.
+
+        Args:
+          workdir: made where it is missing.
+          wandb_project: also log to this project of Weights & Biases; a workdir is one run there, resumed or not.
+          config_json: the config, shown there.
+
+        Raises ConfigError if the workdir can't be written or wandb isn't installed.
+        """
+        self._workdir = workdir
+        self._path = os.path.join(workdir, FILE)
+        events = os.path.join(workdir, "tensorboard")
+        self._wandb = _start_wandb(workdir, wandb_project, config_json) if wandb_project else None
+        try:
+            os.makedirs(events, exist_ok=True)
+            if os.path.exists(self._path):
+                truncate(workdir, sys.maxsize)  # a line that a killed run did not end would swallow the next one
+            self._rows = _append(self._path)
+            # Records, not tensorboardX's SummaryWriter, whose thread dies of a full disk and leaves the run waiting.
+            self._events = RecordWriter(os.path.join(events, f"events.out.tfevents.{time.time_ns()}"))
+        except OSError as e:
+            raise _unwritable(workdir, e) from None
+        self._event(file_version="brain.Event:2")
+
+    def resume(self, step: int) -> None:
+        """Makes room for `step` and all after it: what an earlier attempt wrote of them is dropped."""
+        self._rows.close()
+        truncate(self._workdir, step)
+        self._rows = _append(self._path)
+        self._event(step=step, session_log=SessionLog(status=SessionLog.START))  # TensorBoard purges from here
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends a row: `step` and `values`, name → number (scalars of NumPy and JAX too; non-finite ones as null)."""
+        numbers = {name: float(value) for name, value in values.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        line = (json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n").encode()
+        try:
+            if self._rows.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            raise _unwritable(self._path, e) from None
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()])
+        self._event(step=step, summary=summary)
+        if self._wandb:
+            self._wandb.log(numbers, step=int(step))
+
+    def videos(self, step: int, videos: Mapping[str, np.ndarray], fps: float) -> None:
+        """Shows clips beside the curves: name → [T,H,W,3] u8. TensorBoard plays them as animated GIF images."""
+        gifs = {name: decode.encode_gif(video, fps) for name, video in videos.items()}
+        images = [
+            Summary.Value(
+                tag=name,
+                image=Summary.Image(
+                    height=video.shape[1], width=video.shape[2], colorspace=3, encoded_image_string=gifs[name]
+                ),
+            )
+            for name, video in videos.items()
+        ]
+        self._event(step=step, summary=Summary(value=images))
+        if self._wandb:
+            import wandb
+
+            shown = {name: wandb.Video(io.BytesIO(gif), format="gif") for name, gif in gifs.items()}
+            self._wandb.log(shown, step=int(step))
+
+    def close(self) -> None:
+        """Ends all of it; the writer can't be used after."""
+        self._rows.close()
+        try:
+            self._events.close()
+        except OSError as e:
+            raise _unwritable(os.path.join(self._workdir, "tensorboard"), e) from None
+        if self._wandb:
+            self._wandb.finish()
+
+    def _event(self, **fields: Any) -> None:
+        try:
+            self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
+            self._events.flush()
+        except OSError as e:
+            raise _unwritable(os.path.join(self._workdir, "tensorboard"), e) from None
+
+
+class Progress:
+    """The line on the terminal: where a run is, how well and how fast it goes, and when it will be done.
+
+    On a terminal one line is written over and over; in a file or a log every update is a line of its own.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Counts up to `total_steps`, from `start_step` on, to `stream` (None: stderr); `clock` gives seconds."""
+        self._total, self._start, self._clock = total_steps, start_step, clock
+        self._stream = stream if stream is not None else sys.stderr
+        self._tty = self._stream.isatty()
+        self._open = False  # whether the cursor stands at the end of a line that may be written over
+        self._origin: tuple[int, float] | None = None
+
+    def update(self, step: int, values: Mapping[str, Any]) -> None:
+        """Shows that `step` steps are done. Of `values` it shows loss, tokens_per_second, mfu, data_wait_fraction."""
+        line = " | ".join([_place(step, self._total), *_shown(values), f"eta {self._eta(step)}"])
+        if self._tty:
+            # Only a line shorter than the terminal can be written over.
+            self._stream.write("\r\x1b[2K" + line[: shutil.get_terminal_size().columns - 1])
+            self._open = True
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own, which stays."""
+        self._stream.write(("\r\x1b[2K" if self._open else "") + text + "\n")
+        self._open = False
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Leaves the last line standing."""
+        if self._open:
+            self._stream.write("\n")
+            self._stream.flush()
+        self._open = False
+
+    def _eta(self, step: int) -> str:
+        # Counted from the first update, not from the start: the first step compiles, the others don't.
+        now = self._clock()
+        if self._origin is None or step < self._origin[0]:
+            self._origin = (step, now)
+        done = step - self._origin[0]
+        return duration((now - self._origin[1]) / done * (self._total - step)) if done else "–"
+
+
+def _place(step: int, total: int) -> str:
+    return f"step {step}/{total} {100 * step // max(total, 1)}%"
+
+
+def _shown(values: Mapping[str, Any]) -> list[str]:
+    """The parts of the line that `values` has."""
+    formats = {
+        "loss": lambda v: f"loss {v:.4f}",
+        "tokens_per_second": lambda v: f"{si(v)} tok/s",
+        "mfu": lambda v: f"mfu {100 * v:.0f}%",
+        "data_wait_fraction": lambda v: f"data wait {100 * v:.1f}%",
+    }
+    return [show(float(values[name])) for name, show in formats.items() if values.get(name) is not None]
+
+
+def si(value: float) -> str:
+    """Three digits and a unit: 12300 → 12.3k."""
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """45s, 3m20s, 2h05m, 3d04h."""
+    s = max(0, round(seconds))
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02d}h"
+
+
+def _lines(path: str) -> list[str]:
+    """Lines that have an end."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = f.read().split("\n")
+    except FileNotFoundError:
+        return []
+    return lines[:-1]
+
+
+def _append(path: str) -> io.FileIO:
+    # Unbuffered: a row that a full disk refused must not be tried again when the file is closed.
+    return open(path, "ab", buffering=0)
+
+
+def _start_wandb(workdir: str, project: str, config_json: str) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(
+            f"config.train.wandb={project!r} needs the package wandb: pip install 'vidgen[wandb]'"
+        ) from None
+    # The id makes the resumed run the same run.
+    path = os.path.join(workdir, "wandb_id")
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        if not os.path.exists(path):
+            with open(path, "w", encoding="utf-8") as f:
+                f.write(uuid.uuid4().hex[:8])
+        with open(path, encoding="utf-8") as f:
+            run = f.read().strip()
+    except OSError as e:
+        raise _unwritable(workdir, e) from None
+    config = json.loads(config_json) if config_json else None
+    return wandb.init(project=project, dir=workdir, id=run, resume="allow", config=config)
+
+
+def _unwritable(path: str, e: OSError) -> ConfigError:
+    return ConfigError(f"cannot write to {path}: {e.strerror or e}")

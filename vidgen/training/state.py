@@ -1,0 +1,50 @@
+"""All that a run carries from step to step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+
+@struct.dataclass
+class TrainState:
+    """A pytree of arrays; nothing else is saved but the config.
+
+    Randomness and data follow from (seed, step), so neither a key nor an iterator is kept.
+
+    Attributes:
+      step: () i32, steps taken.
+      params: master weights, f32.
+      ema: their moving average, f32, from which is sampled.
+      opt_state: of optax.
+      grad_norm: () f32, running mean of the gradient's norm, against which outliers are judged.
+      skipped: () i32, steps whose update was skipped as an outlier.
+    """
+
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt_state: Any
+    grad_norm: jax.Array
+    skipped: jax.Array
+
+
+def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        grad_norm=jnp.zeros((), jnp.float32),
+        skipped=jnp.zeros((), jnp.int32),
+    )
+
+
+def count(params: Any) -> int:
+    """Parameters."""
+    return sum(x.size for x in jax.tree.leaves(params))

@@ -1,0 +1,79 @@
+"""The one jitted step that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from vidgen.batch import TokenBatch
+from vidgen.training.state import TrainState
+
+LossSum = Callable[[Any, TokenBatch, jax.Array], jax.Array]  # (params, rows, a key a row) → summed error
+Weight = Callable[[TokenBatch], jax.Array]  # rows → weight of each token, [B,S]
+
+
+def row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
+    """A random key for each row of the global batch of a step."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+
+
+def microbatches(tree: Any, count: int) -> Any:
+    """[B, …] → [count, B / count, …]. Takes every count-th row, so that rows stay on their devices."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), tree)
+
+
+def make_step(loss_sum: LossSum, weight: Weight, optimizer: optax.GradientTransformation, config: ConfigDict):
+    """(state, batch) → (state, metrics), to be jitted with the state donated.
+
+    The loss is the sum of errors over the trained tokens of the whole global batch, over devices and microbatches.
+    """
+    c = config.optimizer
+
+    def gradients(params, batch, keys, total):
+        def loss(params, batch, keys):
+            return loss_sum(params, batch, keys) / total
+
+        if c.accumulate == 1:
+            return jax.value_and_grad(loss)(params, batch, keys)
+
+        def add(carry, part):
+            return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss)(params, *part)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(add, zero, microbatches((batch, keys), c.accumulate))[0]
+
+    def step(state: TrainState, batch: TokenBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        tokens = jnp.sum(weight(batch))
+        keys = row_keys(config.seed, state.step, batch.segment.shape[0])
+        loss, grads = gradients(state.params, batch, keys, jnp.maximum(tokens, 1.0))
+        norm = optax.tree.norm(grads)
+        if c.clip:
+            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, c.clip / jnp.maximum(norm, 1e-12)), grads)
+        good = jnp.isfinite(norm)
+        if c.outlier:
+            settled = state.step - state.skipped >= 20  # a mean over fewer steps says little
+            good &= ~settled | (norm <= c.outlier * state.grad_norm)
+
+        def take():
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            decay = jnp.minimum(c.ema, (1.0 + state.step) / (10.0 + state.step))
+            ema = optax.incremental_update(params, state.ema, 1.0 - decay)
+            mean = jnp.where(state.step == state.skipped, norm, 0.95 * state.grad_norm + 0.05 * norm)
+            return params, ema, opt_state, mean
+
+        def leave():
+            return state.params, state.ema, state.opt_state, state.grad_norm
+
+        params, ema, opt_state, mean = jax.lax.cond(good, take, leave)
+        skipped = state.skipped + (1 - good.astype(jnp.int32))
+        state = TrainState(state.step + 1, params, ema, opt_state, mean, skipped)
+        return state, {"loss": loss, "grad_norm": norm, "tokens": tokens, "skipped": skipped}
+
+    return step
