@@ -75,7 +75,7 @@ class Geometry:
         return t * y * x
 
     def coords(self, frames: int, height: int, width: int, fps: float | None = None) -> np.ndarray:
-        """[tokens, 3] f32: (t, y, x) of each token of a fitted clip, in patches; with `fps`, t in eighths of a second."""
+        """[tokens, 3] f32: (t, y, x) of a fitted clip's tokens, in patches; with `fps`, t in eighths of a second."""
         grid = self.grid(frames, height, width)
         coords = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), axis=-1).reshape(-1, 3).astype(np.float32)
         if fps is not None:

@@ -72,19 +72,14 @@ def run(
     override(config, settings)
     videos = draw(config, generator, params, prompts, seeds=seeds, negative=negative)
     rows = [videos[i : i + len(seeds)] for i in range(0, len(videos), len(seeds))]
-    folder, name = os.path.split(os.path.splitext(os.path.abspath(output))[0])
-    os.makedirs(folder, exist_ok=True)
-    scale = scale_for(config.sample.width)
-    files = write_grid(
-        folder, name, media.grid(rows, scale=scale), config, prompts, seeds, negative=negative, step=step
-    )
+    shown = media.grid(rows, scale=scale_for(config.sample.width))
+    files = write_grid(output, shown, config, prompts, seeds, negative=negative, step=step)
     if len(videos) > 1:
-        os.makedirs(os.path.join(folder, name), exist_ok=True)
+        folder = os.path.splitext(output)[0]
         for p, row in enumerate(rows):
             for seed, video in zip(seeds, row, strict=True):
-                path = os.path.join(folder, name, f"prompt{p:02d}_seed{seed}.mp4")
-                media.save_video(path, video, config.sample.fps)
-                files.append(path)
+                files.append(os.path.join(folder, f"prompt{p:02d}_seed{seed}.mp4"))
+                media.save_video(files[-1], video, config.sample.fps)
     return Result(step, tuple(prompts), tuple(seeds), rows, tuple(files))
 
 
@@ -234,13 +229,13 @@ def scale_for(width: int) -> int:
     return max(1, 128 // width)
 
 
-def write_grid(folder: str, name: str, video: np.ndarray, config: ConfigDict, prompts, seeds, **more: Any) -> list[str]:
-    """Writes FOLDER/NAME.mp4 and .gif, and what was asked for beside them; returns the paths."""
-    files = [os.path.join(folder, f"{name}.{kind}") for kind in ("mp4", "gif")]
-    for path in files:
-        media.save_video(path, video, config.sample.fps)
-    asked = {"prompts": list(prompts), "seeds": list(seeds), **more, **config.sample.to_dict()}
-    asked["prompts"] = list(prompts)
-    path = os.path.join(folder, "prompts.json" if name == "grid" else f"{name}.json")
-    media.write(path, json.dumps(asked, ensure_ascii=False, indent=2).encode())
-    return [*files, path]
+def write_grid(path: str, video: np.ndarray, config: ConfigDict, prompts, seeds, **more: Any) -> list[str]:
+    """Writes `path` (.mp4 or .gif), its twin of the other kind, and beside them as JSON what was asked for."""
+    stem = os.path.splitext(path)[0]
+    files = [f"{stem}.mp4", f"{stem}.gif"]
+    for file in files:
+        media.save_video(file, video, config.sample.fps)
+    asked = config.sample.to_dict() | {"prompts": list(prompts), "seeds": list(seeds)} | more
+    about = os.path.join(os.path.dirname(path), "prompts.json") if stem.endswith("grid") else f"{stem}.json"
+    media.write(about, json.dumps(asked, ensure_ascii=False, indent=2).encode())
+    return [*files, about]

@@ -61,8 +61,8 @@ class MovingShapes:
             raise ConfigError(f"{_KEY}clips={config.clips}: expected at least 1")
         if not config.fps > 0:
             raise ConfigError(f"{_KEY}fps={config.fps}: expected more than 0")
-        if not 0 <= config.heldout < 1:
-            raise ConfigError(f"{_KEY}heldout={config.heldout}: expected a share from 0 up to, not including, 1")
+        if not 0 <= config.heldout <= 0.5:
+            raise ConfigError(f"{_KEY}heldout={config.heldout}: expected a share from 0 to 0.5")
         source = cls(
             config.level, config.clips, _sizes(config.sizes), config.fps, languages, float(config.heldout), split
         )

@@ -1,7 +1,9 @@
 """The judge of moving shapes: prompts that were never trained on, and what a video shows of them.
 
 A video is parsed blindly: objects are segmented by colour, their shapes compared with templates, their motions read
-off their tracks. Only then is what was seen compared with what was asked for.
+off their tracks, the camera's motion taken away. Only then is what was seen compared with what was asked for. Sizes,
+speeds, backgrounds and the camera are not judged. On frames whose shorter side is below 24 pixels, small objects of
+the full level are a few pixels wide, and the judge errs now and then on ground truth as well.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -77,26 +80,28 @@ def errors(
     return weight * jnp.mean(error * error, axis=-1)
 
 
-def loss_sum(generator: Generator, params, batch: TokenBatch, keys_B: jax.Array, objective: ConfigDict) -> jax.Array:
-    """Sum of the trained tokens' errors; divide by the trained tokens of the global batch.
+def loss_of(generator: Generator, objective: ConfigDict) -> Callable[[Any, TokenBatch, jax.Array], jax.Array]:
+    """(params, rows from the feed, a random key a row) → sum of the trained tokens' errors.
 
-    Args:
-      batch: rows from the feed: u8 blocks, byte ids.
-      keys_B: a random key a row.
+    Divide it by the trained tokens of the global batch.
     """
-    batch = batch.replace(tokens=generator.tokenizer.encode_blocks(batch.tokens))
-    segments = batch.clip.shape[1]
-    normal, uniform, noise = row_randomness(keys_B, segments, batch.tokens.shape[1:])
-    levels = logit_normal(normal, objective, segment_tokens(batch, segments))
-    levels = jnp.pad(levels, ((0, 0), (1, 0)))  # level 0: clean
-    batch = drop_captions(batch, uniform < objective.caption_dropout)
-    return jnp.sum(trained(batch) * errors(generator, params, batch, levels, noise, objective))
+
+    def loss_sum(params: Any, batch: TokenBatch, keys_B: jax.Array) -> jax.Array:
+        batch = batch.replace(tokens=generator.tokenizer.encode_blocks(batch.tokens))
+        segments = batch.clip.shape[1]
+        normal, uniform, noise = row_randomness(keys_B, segments, batch.tokens.shape[1:])
+        levels = logit_normal(normal, objective, segment_tokens(batch, segments))
+        levels = jnp.pad(levels, ((0, 0), (1, 0)))  # level 0: clean
+        batch = drop_captions(batch, uniform < objective.caption_dropout)
+        return jnp.sum(trained(batch) * errors(generator, params, batch, levels, noise, objective))
+
+    return loss_sum
 
 
 def heldout_sums(
     generator: Generator, params, batch: TokenBatch, keys_B: jax.Array, objective: ConfigDict, count: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(summed error at each of `count` fixed noise levels [count], trained tokens): no randomness but the rows' noise."""
+    """(summed error at each of `count` fixed noise levels [count], trained tokens); only the noise is random."""
     batch = batch.replace(tokens=generator.tokenizer.encode_blocks(batch.tokens))
     segments = batch.clip.shape[1]
     _, _, noise = row_randomness(keys_B, segments, batch.tokens.shape[1:])

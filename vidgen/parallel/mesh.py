@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,9 +24,12 @@ RULES = (
 )
 
 
-def make_mesh(c: ConfigDict, rows: int) -> Mesh:
-    """The mesh (data, fsdp) of `config.mesh` over all devices; raises ConfigError naming the numbers that don't fit."""
-    devices = jax.devices()
+def make_mesh(c: ConfigDict, rows: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp) of `config.mesh` over `devices`, all of them unless given.
+
+    Raises ConfigError naming the numbers that don't fit, and the nearest that would.
+    """
+    devices = jax.devices() if devices is None else devices
     fsdp = len(devices) if c.fsdp == -1 else c.fsdp
     if fsdp < 1 or len(devices) % fsdp:
         fits = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]

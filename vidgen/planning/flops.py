@@ -27,14 +27,14 @@ class StepFlops:
         return self.matmul + self.attention_useful
 
 
-def step_flops(config: ConfigDict, features: int, squares: float, text_squares: float, text_useful: float) -> StepFlops:
+def step_flops(config: ConfigDict, features: int, squares: float, text_squares: float, crossed: float) -> StepFlops:
     """FLOPs of a step of `config`.
 
     Args:
       features: P, width of a token.
       squares: Σ over the step's clips of tokens².
       text_squares: Σ over the step's clips of (text tokens)².
-      text_useful: Σ over the step's clips of tokens · text tokens.
+      crossed: Σ over the step's clips of tokens · text tokens.
     """
     m, t, r = config.model, config.text, config.rows
     width, ratio = m.width, m.mlp_ratio
@@ -47,6 +47,6 @@ def step_flops(config: ConfigDict, features: int, squares: float, text_squares: 
     text = texts * t.layers * (2 * 4 + 2 * 2 * 4) * t.width**2
     forward = m.layers * (block + 6 * pick) + ends + text
 
-    useful = 4 * (m.layers * width * (squares + text_useful) + t.layers * t.width * text_squares)
+    useful = 4 * (m.layers * width * (squares + crossed) + t.layers * t.width * text_squares)
     executed = 4 * r.count * (m.layers * width * r.tokens * (r.tokens + r.text) + t.layers * t.width * r.text**2)
     return StepFlops(3.0 * forward, 3.0 * useful, 3.0 * executed)

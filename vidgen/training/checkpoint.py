@@ -47,7 +47,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, facts: dict[str, Any]) -> None:
-        """Starts to save; the state may be donated as soon as this returns. A save that failed is raised by the next."""
+        """Starts to save; the state may be donated when this returns. That a save failed is raised later."""
         step = int(state.step)
         if step == self.latest:
             return
@@ -79,6 +79,8 @@ class Checkpoints:
         self._guarded(self._manager.wait_until_finished)
 
     def close(self) -> None:
+        """Ends it, when what was saved is on disk."""
+        self.wait()
         self._manager.close()
 
     def _guarded(self, act) -> None:

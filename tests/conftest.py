@@ -1,0 +1,30 @@
+"""Four virtual CPU devices for every test, and a config small enough to compile in seconds."""
+
+import jax
+import pytest
+
+from vidgen import config as configs
+
+jax.config.update("jax_num_cpu_devices", 4)
+
+
+def make_tiny():
+    """Two layers of width 32 on clips of 5 and 1 frames of 16 x 16 pixels."""
+    c = configs.base()
+    c.dtype = "float32"
+    c.data.moving_shapes.level = "easy"
+    c.data.moving_shapes.sizes = ((5, 16, 16), (1, 16, 16))
+    c.data.moving_shapes.clips = 512
+    c.rows.update(count=4, tokens=24, segments=4, text=128, caption=48, window=64)
+    c.tokenizer.mean = -0.8
+    c.text.update(width=32, layers=1, heads=2)
+    c.model.update(width=32, layers=2, heads=2, unroll=2, remat="none")
+    c.optimizer.update(warmup=2, lr=3e-3, ema=0.9)
+    c.train.update(steps=6, log_every=2, checkpoint_every=3)
+    c.sample.update(frames=5, height=16, width=16, steps=2)
+    return c
+
+
+@pytest.fixture
+def tiny():
+    return make_tiny()

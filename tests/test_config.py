@@ -1,0 +1,86 @@
+"""Settings: one tree, clear errors."""
+
+import glob
+import os
+
+import pytest
+
+from vidgen import config as configs
+from vidgen.config import ConfigError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def test_json_round_trip():
+    c = configs.override(configs.base(), {"data.moving_shapes.sizes": "((9, 24, 24), (1, 32, 32))", "seed": 3})
+    back = configs.from_json(configs.to_json(c))
+    assert back.to_dict() == c.to_dict()
+    assert configs.difference(back, c) == []
+    assert configs.difference(configs.base(), c) == ["data.moving_shapes.sizes", "seed"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "read"),
+    [
+        ("train.steps", "200", 200),
+        ("optimizer.lr", "3e-4", 3e-4),
+        ("optimizer.lr", "1", 1.0),
+        ("model.time_in_seconds", "true", True),
+        ("tokenizer.stride", "(2, 4, 4)", (2, 4, 4)),
+        ("data.source", "tfds:mine", "tfds:mine"),
+        ("sample.prompts", "['a', 'b']", ("a", "b")),
+    ],
+)
+def test_command_line_values_take_the_type_of_the_default(key, value, read):
+    c = configs.override(configs.base(), {key: value})
+    for part in key.split("."):
+        c = c[part]
+    assert c == read and type(c) is type(read)
+
+
+@pytest.mark.parametrize(("key", "value"), [("train.steps", "many"), ("train.steps", "1.5"), ("optimizer.lr", "True")])
+def test_a_value_of_another_type_is_refused(key, value):
+    with pytest.raises(ConfigError, match=f"config.{key}=.*expected"):
+        configs.override(configs.base(), {key: value})
+
+
+def test_an_unknown_key_names_the_nearest():
+    with pytest.raises(ConfigError, match="unknown setting config.train.step; did you mean config.train.steps"):
+        configs.override(configs.base(), {"train.step": 3})
+
+
+def test_overriding_leaves_the_original_alone():
+    c = configs.base()
+    configs.override(c, {"train.steps": 7})
+    assert c.train.steps == configs.base().train.steps
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    (tmp_path / "small.py").write_text("def get_config(arg=''): ...")
+    with pytest.raises(ConfigError, match="no such file; did you mean .*small.py"):
+        configs.load(str(tmp_path / "smal.py"))
+
+
+def test_a_broken_file_is_told_in_one_line(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("def get_config(arg):\n    return undefined\n")
+    with pytest.raises(ConfigError, match="broken.py: NameError"):
+        configs.load(str(path))
+    path.write_text("x = 1\n")
+    with pytest.raises(ConfigError, match="get_config"):
+        configs.load(str(path))
+
+
+@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(ROOT, "configs", "*.py"))), ids=os.path.basename)
+def test_every_config_loads_and_has_the_keys_of_the_base(path):
+    c = configs.load(path)
+    assert configs.from_json(configs.to_json(c)).to_dict() == c.to_dict()
+
+
+def test_a_config_passes_its_argument(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from vidgen import config\n"
+        "def get_config(arg=''):\n    c = config.base()\n    c.seed = int(arg or 0)\n    return c\n"
+    )
+    assert configs.load(f"{path}:7").seed == 7 and configs.load(str(path)).seed == 0

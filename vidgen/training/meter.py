@@ -1,0 +1,109 @@
+"""Adds up what steps did, for the rows of metrics.jsonl."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from vidgen.config import ConfigError
+from vidgen.data.feed import FeedInfo
+
+PATIENCE = 10  # unreadable clips: fewer are no share to judge by
+
+
+class Meter:
+    """From one row to the next: losses, speed, waiting, clips that could not be read.
+
+    What goes on between steps (held-out loss, sampling, saving) does not count as time; nor does the first step, which
+    compiles.
+    """
+
+    def __init__(
+        self,
+        lr: Callable[[int], Any],
+        useful_flops: float,
+        peak_flops: float,
+        clips_a_step: float,
+        max_bad: float,
+        tokens_seen: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        """Starts to count.
+
+        Args:
+          lr: step → learning rate.
+          useful_flops: of a step, for MFU.
+          peak_flops: of all devices, a second.
+          clips_a_step: about, against which unreadable clips are judged.
+          max_bad: share of unreadable clips above which `fed` raises.
+          tokens_seen: by earlier attempts of this run.
+        """
+        self._lr, self._useful, self._peak, self._clock = lr, useful_flops, peak_flops, clock
+        self._clips_a_step, self._max_bad = clips_a_step, max_bad
+        self.tokens_seen = tokens_seen
+        self._bad: Counter[str] = Counter()
+        self._clips = 0.0
+        self._n, self._last = 0, {}
+        self._warm = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._start, self._aside, self._wait = self._clock(), 0.0, 0.0
+        self._steps, self._tokens = 0, 0.0
+        self._losses: list[float] = []
+
+    def fed(self, info: FeedInfo) -> None:
+        """A batch came. Raises ConfigError if too many clips can't be read."""
+        self._wait += info.wait
+        self._bad.update(info.bad)
+        self._clips += self._clips_a_step
+        bad = sum(self._bad.values())
+        if bad > PATIENCE and bad > self._max_bad * self._clips:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in self._bad.most_common(5))
+            raise ConfigError(
+                f"{bad} of about {self._clips:.0f} clips could not be read ({reasons}), more than "
+                f"config.train.max_bad={self._max_bad} allows"
+            )
+
+    def done(self, n: int, metrics: dict[str, jax.Array]) -> None:
+        """Step n is done, or will be when this returns."""
+        self._n, self._last = n, {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.tokens_seen += self._last["tokens"]
+        losses = [*self._losses, self._last["loss"]]
+        if not self._warm:
+            self._warm = True
+            self._begin()
+        else:
+            self._steps += 1
+            self._tokens += self._last["tokens"]
+        self._losses = losses
+
+    def aside(self, seconds: float) -> None:
+        """So much time went to something else than steps."""
+        self._aside += seconds
+
+    def row(self) -> dict[str, float]:
+        """The figures since the last row, and a new start. Loss is the mean over its steps."""
+        seconds = max(self._clock() - self._start - self._aside, 1e-9)
+        values = {
+            "loss": float(np.mean(self._losses)),
+            "grad_norm": self._last["grad_norm"],
+            "lr": float(self._lr(self._n - 1)),
+            "tokens_seen": self.tokens_seen,
+            "skipped_steps": self._last["skipped"],
+            "unreadable_clips": float(self._bad.total()),
+        }
+        if self._steps:
+            values |= {
+                "tokens_per_second": self._tokens / seconds,
+                "seconds_per_step": seconds / self._steps,
+                "mfu": self._useful * self._steps / seconds / self._peak,
+                "data_wait_fraction": self._wait / seconds,
+            }
+        self._begin()
+        return values
