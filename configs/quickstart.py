@@ -26,8 +26,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.rows.count = 8
     c.rows.tokens = 192
     c.rows.segments = 4
-    c.rows.text = 192
-    c.rows.caption = 48
+    c.rows.text = 168
+    c.rows.caption = 42
 
     c.tokenizer.name = "patch"
     c.tokenizer.stride = (4, 8, 8)

@@ -1,11 +1,17 @@
 """Four virtual CPU devices for every test, and a config small enough to compile in seconds."""
 
+import tempfile
+
 import jax
 import pytest
 
 from vidgen import config as configs
 
 jax.config.update("jax_num_cpu_devices", 4)
+# Many tests compile the same step.
+_cache = tempfile.TemporaryDirectory(prefix="vidgen-compiled-")
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def make_tiny():
@@ -15,7 +21,7 @@ def make_tiny():
     c.data.moving_shapes.level = "easy"
     c.data.moving_shapes.sizes = ((5, 16, 16), (1, 16, 16))
     c.data.moving_shapes.clips = 512
-    c.rows.update(count=4, tokens=24, segments=4, text=128, caption=48, window=64)
+    c.rows.update(count=4, tokens=24, segments=4, text=192, caption=48, window=64)
     c.tokenizer.mean = -0.8
     c.text.update(width=32, layers=1, heads=2)
     c.model.update(width=32, layers=2, heads=2, unroll=2, remat="none")

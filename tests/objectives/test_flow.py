@@ -1,0 +1,143 @@
+"""The objective against a plain re-statement of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vidgen.batch import TokenBatch
+from vidgen.config import ConfigError
+from vidgen.diffusion import generator as generators
+from vidgen.diffusion import path
+from vidgen.objectives import flow
+from vidgen.training.step import row_keys
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Two rows: clips of 8 and 4 tokens and padding; a clip of 8."""
+    rng = np.random.default_rng(0)
+    segment = np.array([[1] * 8 + [2] * 4 + [0] * 4, [1] * 8 + [0] * 8], np.int32)
+    ids = np.array([[1, 50, 51, 1, 60, 0], [1, 70, 0, 0, 0, 0]], np.int32)
+    text_segment = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]], np.int32)
+    return TokenBatch(
+        tokens=rng.integers(0, 256, (2, 16, 768), np.uint8),
+        coords=rng.uniform(0, 4, (2, 16, 3)).astype(np.float32),
+        segment=segment,
+        level=segment,
+        context={"text": (ids, text_segment)},
+        clip=np.array([[5, 6, -1], [7, -1, -1]], np.int32),
+    )
+
+
+class Oracle:
+    """Puts out what it is told to, through the interface of a generator."""
+
+    def __init__(self, tokenizer, answer):
+        self.tokenizer, self.answer = tokenizer, answer
+
+    def predict(self, params, noisy, levels, batch):
+        return self.answer(noisy, levels, batch)
+
+
+@pytest.mark.parametrize("space", path.SPACES)
+def test_a_perfect_network_has_no_loss_in_any_space(tiny, batch, space):
+    tokenizer = generators.from_config(tiny).tokenizer
+    clean = tokenizer.encode_blocks(jnp.asarray(batch.tokens))
+    tiny.objective.prediction = space
+
+    def perfect(noisy, levels, rows):
+        t = jnp.take_along_axis(levels, rows.level, axis=1)[..., None]
+        noise = (noisy - (1 - t) * clean) / jnp.maximum(t, 1e-6)
+        return path.target(space, clean, noise, t)
+
+    loss_of = flow.loss_of(Oracle(tokenizer, perfect), tiny.objective)
+    keys = row_keys(0, np.int32(0), 2)
+    assert loss_of(None, batch, keys) < 1e-3
+    wrong = flow.loss_of(Oracle(tokenizer, lambda *inputs: perfect(*inputs) + 1), tiny.objective)
+    assert wrong(None, batch, keys) > 1
+
+
+def test_the_loss_re_stated_in_numpy(tiny, batch):
+    tiny.objective.update(shift=3.0, shift_tokens=6, time_mean=0.2, time_std=0.7, time_min=0.1)
+    tokenizer = generators.from_config(tiny).tokenizer
+    seen = {}
+
+    def guess(noisy, levels, rows):
+        seen.update(noisy=noisy, levels=levels)
+        return 0.5 * noisy
+
+    keys = row_keys(3, np.int32(11), 2)
+    loss = flow.loss_of(Oracle(tokenizer, guess), tiny.objective)(None, batch, keys)
+
+    clean = (np.asarray(batch.tokens, np.float32) / 127.5 - 1 + 0.8) / 0.5
+    normal, _, noise = map(np.asarray, flow.row_randomness(keys, 3, (16, 768)))
+    total = 0.0
+    for b, counts in enumerate([[8, 4, 0], [8, 0, 0]]):
+        for k, count in enumerate(counts):
+            t = 1 / (1 + np.exp(-(0.2 + 0.7 * normal[b, k])))
+            shift = 3.0 * np.sqrt(max(count, 1) / 6)
+            t = shift * t / (1 + (shift - 1) * t)
+            np.testing.assert_allclose(seen["levels"][b, k + 1], t, rtol=1e-5)
+            for s in np.flatnonzero(batch.segment[b] == k + 1):
+                noisy = (1 - t) * clean[b, s] + t * noise[b, s]
+                total += np.mean((0.5 * noisy - clean[b, s]) ** 2) / max(t, 0.1) ** 2
+    np.testing.assert_allclose(loss, total, rtol=1e-4)
+    assert not np.any(seen["levels"][:, 0])
+
+
+def test_the_weight_of_a_token_does_not_depend_on_the_batch(tiny, batch):
+    tokenizer = generators.from_config(tiny).tokenizer
+    loss_of = flow.loss_of(Oracle(tokenizer, lambda noisy, *_: 0.5 * noisy), tiny.objective)
+    keys = row_keys(0, np.int32(0), 2)
+    one = jax.tree.map(lambda x: x[:1], batch), keys[:1]
+    two = jax.tree.map(lambda x: x[1:], batch), keys[1:]
+    np.testing.assert_allclose(loss_of(None, batch, keys), loss_of(None, *one) + loss_of(None, *two), rtol=1e-6)
+
+
+def test_known_tokens_are_given_and_not_trained(tiny, batch):
+    tokenizer = generators.from_config(tiny).tokenizer
+    clean = np.asarray(tokenizer.encode_blocks(jnp.asarray(batch.tokens)))
+    known = np.zeros((2, 16, 768), bool)
+    known[0, :4] = True
+    rows = batch.replace(known=known, level=np.where(known[..., 0], 0, batch.level))
+    assert float(flow.trained(rows).sum()) == float(flow.trained(batch).sum()) - 4
+    seen = []
+    flow.loss_of(Oracle(tokenizer, lambda noisy, *_: seen.append(noisy) or noisy), tiny.objective)(
+        None, rows, row_keys(0, np.int32(0), 2)
+    )
+    np.testing.assert_allclose(seen[0][0, :4], clean[0, :4], atol=1e-5)
+    assert np.abs(seen[0][0, 4:8] - clean[0, 4:8]).max() > 0.1
+
+
+def test_a_dropped_caption_is_an_empty_prompt(batch):
+    dropped = flow.drop_captions(batch, jnp.array([[True, False, False], [False, True, True]]))
+    ids, segment = dropped.context["text"]
+    np.testing.assert_array_equal(segment, [[1, 0, 0, 2, 2, 0], [1, 1, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(ids, batch.context["text"][0])
+
+
+def test_noise_belongs_to_the_row_and_the_step():
+    keys = row_keys(0, np.int32(4), 3)
+    _, _, noise = flow.row_randomness(keys, 2, (4, 8))
+    _, _, alone = flow.row_randomness(keys[1:2], 2, (4, 8))
+    np.testing.assert_array_equal(noise[1], alone[0])
+    _, _, later = flow.row_randomness(row_keys(0, np.int32(5), 3), 2, (4, 8))
+    assert not np.any(noise == later)
+
+
+def test_heldout_is_the_same_every_time_and_grows_easier_with_noise_level(tiny, batch):
+    tokenizer = generators.from_config(tiny).tokenizer
+    tiny.objective.update(loss="clean")
+    oracle = Oracle(tokenizer, lambda noisy, *_: noisy)
+    oracle.encode_context = lambda params, rows: rows
+    sums, tokens = flow.heldout_sums(oracle, None, batch, row_keys(1, np.int32(0), 2), tiny.objective, 4)
+    assert float(tokens) == 20 and sums.shape == (4,)
+    assert (np.diff(sums) > 0).all()  # what passes the noise on errs more, the more there is
+
+
+@pytest.mark.parametrize(("key", "value"), [("prediction", "x0"), ("loss", "huber"), ("caption_dropout", 1.5)])
+def test_bad_settings(tiny, key, value):
+    tiny.objective[key] = value
+    with pytest.raises(ConfigError, match=f"config.objective.{key}="):
+        flow.check(tiny.objective)

@@ -1,0 +1,203 @@
+"""The loop: exact resume, stopping, and words for what is wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from conftest import make_tiny
+
+from vidgen import train
+from vidgen.config import ConfigError, to_json
+from vidgen.data.clip import BadClip
+from vidgen.data.moving_shapes import MovingShapes
+from vidgen.training import metrics
+from vidgen.training.checkpoint import Checkpoints, read_config
+
+
+def config(**changes):
+    c = make_tiny()
+    c.train.update(changes)
+    return c
+
+
+def saved(workdir, step):
+    """Every array of a checkpoint, by name."""
+    checkpoints = Checkpoints(str(workdir))
+    try:
+        restore = ocp.args.StandardRestore()
+        items = checkpoints._manager.restore(step, args=ocp.args.Composite(state=restore, ema=restore))
+        leaves = jax.tree_util.tree_leaves_with_path({"state": items["state"], "ema": items["ema"]})
+        return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+    finally:
+        checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of six steps in one go, with everything on."""
+    workdir = tmp_path_factory.mktemp("straight")
+    c = config(eval_every=3, eval_rows=4, sample_every=6)
+    return workdir, train.run(c, str(workdir))
+
+
+def test_a_run_leaves_what_it_says(straight):
+    workdir, result = straight
+    assert result.step == 6 and result.finished
+    rows = metrics.read(str(workdir))
+    assert [row["step"] for row in rows] == [2, 3, 4, 6]
+    for name in ("loss", "grad_norm", "lr", "tokens_seen", "tokens_per_second", "mfu", "data_wait_fraction"):
+        assert np.isfinite(rows[-1][name]), name
+    assert all(0 <= row["data_wait_fraction"] <= 1 for row in rows[1:])
+    assert rows[-1]["tokens_seen"] == pytest.approx(6 * 4 * 24, rel=0.1)  # rows are full, nearly
+    assert [("heldout_loss" in row) for row in rows] == [False, True, False, True]
+    assert read_config(str(workdir)).to_dict() == config(eval_every=3, eval_rows=4, sample_every=6).to_dict()
+    for file in ("grid.mp4", "grid.gif", "prompts.json"):
+        assert os.path.getsize(workdir / "samples" / "00000006" / file) > 0
+    assert len(json.loads((workdir / "samples/00000006/prompts.json").read_text())["prompts"]) > 0
+
+
+def test_stopping_and_going_on_equals_never_having_stopped(straight, tmp_path, monkeypatch):
+    """2N steps = N steps, SIGTERM, N steps: every array bit for bit, on another mesh and with microbatches unequal."""
+    workdir, _ = straight
+
+    class StopAtThree(train.StopSignal):
+        asked = 0
+
+        @property
+        def requested(self):
+            StopAtThree.asked += 1
+            self.name = "SIGTERM" if StopAtThree.asked >= 3 else ""
+            return bool(self.name)
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "StopSignal", StopAtThree)
+        first = train.run(config(checkpoint_every=100), str(tmp_path))
+    assert first.step == 3 and not first.finished
+    second = train.run(config(checkpoint_every=100), str(tmp_path))
+    assert second.step == 6 and second.finished
+    a, b = saved(workdir, 6), saved(tmp_path, 6)
+    assert a.keys() == b.keys() and any("ema" in k for k in a) and any("opt_state" in k for k in a)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    assert metrics.read(str(tmp_path))[-1]["tokens_seen"] == metrics.read(str(workdir))[-1]["tokens_seen"]
+
+
+def test_resuming_on_another_mesh_gives_the_same_losses(straight, tmp_path):
+    workdir, _ = straight
+    c = config()
+    shutil.copytree(workdir / "checkpoints" / "3", tmp_path / "checkpoints" / "3")
+    c.mesh.fsdp = 4
+    train.run(c, str(tmp_path))
+    last = metrics.read(str(tmp_path))[-1]
+    assert last["step"] == 6
+    np.testing.assert_allclose(last["loss"], metrics.read(str(workdir))[-1]["loss"], rtol=1e-4)
+
+
+def test_a_finished_run_has_nothing_to_do(straight):
+    workdir, _ = straight
+    before = metrics.read(str(workdir))
+    assert train.run(config(eval_every=3, eval_rows=4, sample_every=6), str(workdir)).step == 6
+    assert metrics.read(str(workdir)) == before
+
+
+def test_a_workdir_of_another_config_is_refused(straight):
+    workdir, _ = straight
+    c = config()
+    c.model.width = 64
+    with pytest.raises(ConfigError, match="another config: it differs in model.width"):
+        train.run(c, str(workdir))
+
+
+def test_other_clips_are_refused(straight, tmp_path):
+    workdir, _ = straight
+    shutil.copytree(workdir / "checkpoints", tmp_path / "checkpoints")
+    c = config()
+    c.data.moving_shapes.clips = 256
+    with pytest.raises(ConfigError, match="not the clips that the checkpoint at step 6"):
+        train.run(c, str(tmp_path))
+
+
+def test_too_many_unreadable_clips_stop_the_run_and_few_do_not(tmp_path, monkeypatch):
+    read = MovingShapes.read
+
+    def broken(self, index, epoch):
+        if index % 2:
+            raise BadClip("not a video")
+        return read(self, index, epoch)
+
+    monkeypatch.setattr(MovingShapes, "read", broken)
+    with pytest.raises(
+        ConfigError, match="could not be read \\(not a video: \\d+\\), more than config.train.max_bad=0.01"
+    ):
+        train.run(config(), str(tmp_path / "strict"))
+    train.run(config(max_bad=0.9, steps=4), str(tmp_path / "patient"))
+    assert metrics.read(str(tmp_path / "patient"))[-1]["unreadable_clips"] > 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"steps": 0}, "config.train.steps=0"),
+        ({"eval_every": -1}, "config.train.eval_every=-1"),
+        ({"profile_steps": (5,)}, "expected \\(first, last\\)"),
+    ],
+)
+def test_bad_settings(changes, says, tmp_path):
+    with pytest.raises(ConfigError, match=says):
+        train.run(config(**changes), str(tmp_path))
+    assert not os.listdir(tmp_path)
+
+
+def test_accumulation_that_does_not_divide_names_the_nearest(tiny, tmp_path):
+    tiny.optimizer.accumulate = 3
+    with pytest.raises(ConfigError, match="accumulate=3 does not divide config.rows.count=4; nearest: 2"):
+        train.run(tiny, str(tmp_path))
+
+
+def test_an_unwritable_workdir_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="expected a workdir that can be written"):
+        train.run(config(), str(tmp_path / "file" / "run"))
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+    """The real signal to the real command."""
+    c = config(steps=100_000, log_every=1, checkpoint_every=100_000)
+    (tmp_path / "c.json").write_text(to_json(c))
+    (tmp_path / "c.py").write_text(
+        f"from vidgen import config\ndef get_config(arg=''):\n    return config.from_json(open({str(tmp_path / 'c.json')!r}).read())\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "vidgen.cli",
+        "train",
+        "--config",
+        str(tmp_path / "c.py"),
+        "--workdir",
+        str(tmp_path / "w"),
+    ]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    deadline = time.time() + 120
+    while time.time() < deadline and len(metrics.read(str(tmp_path / "w"))) < 3:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Stopped by SIGTERM after step" in err and "The same command goes on from there" in err
+    stopped = metrics.read(str(tmp_path / "w"))[-1]["step"]
+    more = subprocess.run(
+        [*command, f"--config.train.steps={stopped + 1}", "--json"], capture_output=True, text=True, env=env
+    )
+    assert more.returncode == 0, more.stderr
+    assert f"Going on after step {stopped}" in more.stderr
+    assert json.loads(more.stdout.splitlines()[-1])["step"] == stopped + 1

@@ -1,0 +1,206 @@
+"""The step: one loss over devices and microbatches, and guards that hold."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import make_tiny
+from jax.sharding import NamedSharding
+
+from vidgen.config import ConfigError
+from vidgen.data import feed
+from vidgen.data.packing import Packing
+from vidgen.data.sources import open_source
+from vidgen.diffusion import generator as generators
+from vidgen.objectives import flow
+from vidgen.parallel.mesh import ROWS, make_mesh, tree_shardings
+from vidgen.training import optimizers
+from vidgen.training import state as states
+from vidgen.training.step import make_step, row_keys
+
+
+@pytest.fixture(scope="module")
+def world():
+    """(generator, first parameters, a batch) of the tiny config."""
+    config = make_tiny()
+    generator = generators.from_config(config)
+    source = open_source(config.data, "train")
+    packing = Packing(source.sizes, generator.tokenizer.geometry, config.rows, config.seed)
+    batch = feed.host_rows(source, packing, generator.tokenizer.geometry, config, 0)
+    params = jax.jit(generator.init)(jax.random.key(0), generators.example(config))
+    return generator, params, batch
+
+
+def stepped(world, config, mesh=None, steps=1):
+    """(state, metrics) after `steps` steps on the same batch."""
+    generator, params, batch = world
+    optimizer = optimizers.from_config(config)
+    step = make_step(flow.loss_of(generator, config.objective), flow.trained, optimizer, config)
+    state = states.create(params, optimizer)
+    if mesh is not None:
+        shardings = tree_shardings(state, mesh)
+        rows = NamedSharding(mesh, ROWS)
+        state, batch = jax.device_put(state, shardings), jax.device_put(batch, rows)
+        step = jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, None))
+    else:
+        step = jax.jit(step)
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+    return state, metrics
+
+
+def apart(a, b):
+    """Largest difference of two trees, relative to the largest value."""
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.abs(np.asarray(x) - np.asarray(y)).max() / (np.abs(y).max() + 1e-8)) for x, y in leaves)
+
+
+@pytest.fixture(scope="module")
+def reference(world):
+    return stepped(world, make_tiny())
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 2), (1, 4)])
+def test_any_mesh_equals_one_device(world, reference, data, fsdp):
+    config = make_tiny()
+    config.mesh.update(data=data, fsdp=fsdp)
+    mesh = make_mesh(config.mesh, config.rows.count)
+    state, metrics = stepped(world, config, mesh)
+    np.testing.assert_allclose(metrics["loss"], reference[1]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], reference[1]["grad_norm"], rtol=1e-4)
+    # Muon makes every direction of an update as long as the others, so rounding shows more than in the loss.
+    assert apart(state.params, reference[0].params) < 2e-3
+    kernel = state.params["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // fsdp
+
+
+def test_optimizer_and_average_are_sharded_like_the_parameters(world):
+    config = make_tiny()
+    config.mesh.update(fsdp=4)
+    mesh = make_mesh(config.mesh, config.rows.count)
+    state = jax.eval_shape(lambda: states.create(world[1], optimizers.from_config(config)))
+    shardings = tree_shardings(state, mesh)
+
+    def share(tree, specs):
+        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(specs), strict=True)
+        return sum(np.prod(s.shard_shape(x.shape)) for x, s in pairs) / sum(x.size for x in jax.tree.leaves(tree))
+
+    own = share(state.params, shardings.params)
+    assert own < 0.4  # 0.25, but for norms, biases and what does not divide
+    np.testing.assert_allclose(share(state.ema, shardings.ema), own)
+    assert share(state.opt_state, shardings.opt_state) < 0.4
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_equals_the_whole_batch(world, reference, parts):
+    config = make_tiny()
+    config.optimizer.accumulate = parts
+    state, metrics = stepped(world, config)
+    np.testing.assert_allclose(metrics["loss"], reference[1]["loss"], rtol=1e-5)
+    assert apart(state.params, reference[0].params) < 2e-3
+
+
+def test_the_gradient_equals_finite_differences(world):
+    generator, params, batch = world
+    config = make_tiny()
+    loss = flow.loss_of(generator, config.objective)
+    # At the start most gradients vanish with the zeros of adaLN-Zero.
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    keys = row_keys(0, np.int32(0), 4)
+    tangent = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size + 1), x.shape), params)
+    run = jax.jit(lambda p: loss(p, batch, keys) / 100)
+    analytic = sum(
+        jnp.vdot(g, t)
+        for g, t in zip(jax.tree.leaves(jax.jit(jax.grad(run))(params)), jax.tree.leaves(tangent), strict=True)
+    )
+    h = 1e-3
+    shifted = [run(jax.tree.map(lambda p, t, s=s: p + s * h * t, params, tangent)) for s in (1, -1)]
+    np.testing.assert_allclose(analytic, (shifted[0] - shifted[1]) / (2 * h), rtol=2e-2)
+
+
+def test_the_average_ramps_up_from_the_first_weights(world, reference):
+    _, params, _ = world
+    state = reference[0]
+    want = jax.tree.map(lambda old, new: old + (1 - 0.1) * (new - old), params, state.params)  # (1 + 0) / (10 + 0)
+    assert apart(state.ema, want) < 1e-4
+
+
+def quadratic(config, gradients):
+    """States of a run whose gradients are given."""
+    optimizer = optax.sgd(1.0)
+    step = make_step(lambda p, b, k: jnp.vdot(p["w"], b.tokens[0, 0]), lambda b: jnp.ones((1, 1)), optimizer, config)
+    state = states.create({"w": jnp.zeros(2)}, optimizer)
+    states_ = [state]
+    for g in gradients:
+        batch = type("B", (), {"tokens": jnp.asarray(g)[None, None], "segment": jnp.ones((1, 1), jnp.int32)})
+        states_.append(step(states_[-1], batch)[0])
+    return states_
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    config = make_tiny()
+    config.optimizer.update(clip=1.0, outlier=0.0)
+    after = quadratic(config, [(3.0, 4.0), (0.3, 0.4)])
+    np.testing.assert_allclose(after[1].params["w"], [-0.6, -0.8], rtol=1e-6)
+    np.testing.assert_allclose(after[2].params["w"], [-0.9, -1.2], rtol=1e-6)
+
+
+def test_outliers_and_nans_are_skipped_and_counted():
+    config = make_tiny()
+    config.optimizer.update(clip=0.0, outlier=10.0)
+    usual = [(1.0, 0.0)] * 21
+    after = quadratic(config, [*usual, (20.0, 0.0), (np.nan, 0.0), (1.0, 0.0)])
+    assert [int(s.skipped) for s in after[-4:]] == [0, 1, 2, 2]
+    np.testing.assert_array_equal(after[-2].params["w"], after[-4].params["w"])
+    np.testing.assert_array_equal(after[-2].ema["w"], after[-4].ema["w"])
+    assert float(after[-1].params["w"][0]) == -22.0 and int(after[-1].step) == 24
+
+
+def test_muon_takes_the_matrices_inside_blocks_layer_by_layer(world):
+    dimensions = optimizers.muon_dimensions(world[1])
+    blocks = dimensions["blocks"]
+    assert blocks["mlp"]["up"]["kernel"] == (1, 2) and blocks["attention"]["query"]["kernel"] == (1, 2)
+    assert dimensions["text"]["mlp_0"]["up"]["kernel"] == (0, 1)
+    for other in (dimensions["embed"]["kernel"], dimensions["head"]["kernel"], blocks["modulation"]["kernel"]):
+        assert other is None
+    assert blocks["mlp"]["up"]["bias"] is None and dimensions["text"]["bytes"]["embedding"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("cosine", [0.5, 1, 0.5]), ("linear", [0.5, 1, 0.5]), ("constant", [0.5, 1, 1]), ("wsd", [0.5, 1, 1])],
+)
+def test_schedules(name, shape):
+    config = make_tiny()
+    config.optimizer.update(schedule=name, warmup=10, final=0.0)
+    lr = optimizers.schedule(config.optimizer, 2.0, 110)
+    np.testing.assert_allclose([lr(4) / 2, lr(10) / 2, lr(60) / 2], shape, atol=0.06)
+    if name != "constant":
+        assert lr(110) < 1e-6
+    if name == "wsd":
+        assert lr(89) == 2.0 and abs(lr(100) - 1.0) < 0.02
+    assert lr(0) > 0
+
+
+def test_bad_settings(tiny):
+    tiny.optimizer.name = "sgd"
+    with pytest.raises(ConfigError, match="known are muon, adamw"):
+        optimizers.from_config(tiny)
+    tiny.optimizer.update(name="adamw", schedule="step")
+    with pytest.raises(ConfigError, match="known are cosine"):
+        optimizers.from_config(tiny)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "says"),
+    [
+        ({"fsdp": 3}, 4, "config.mesh.fsdp=3 does not divide 4 devices.*1, 2, 4"),
+        ({"data": 3}, 4, "data=3 x fsdp=1 is not the 4 devices"),
+        ({}, 6, "config.rows.count=6 does not divide over 4 devices; nearest: 8"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_names_the_numbers(tiny, mesh, rows, says):
+    tiny.mesh.update(mesh)
+    with pytest.raises(ConfigError, match=says):
+        make_mesh(tiny.mesh, rows)
