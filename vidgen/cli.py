@@ -87,9 +87,7 @@ def _report(workdir: str) -> dict[str, Any]:
 def _ingest(**rest: Any) -> dict[str, Any]:
     from vidgen import ingest
 
-    result = ingest.run(**rest)
-    print(result)
-    return dataclasses.asdict(result)
+    return dataclasses.asdict(ingest.run(**rest))
 
 
 def _inspect(dataset: str, output: str) -> dict[str, Any]:
@@ -140,7 +138,10 @@ VERBS = {
         (
             _WORKDIR,
             Flag(
-                "suite", str, "moving_shapes: prompts never trained on, judged by parsing the clips.", "moving_shapes"
+                "suite",
+                str,
+                "moving_shapes: unseen prompts, judged by parsing the clips; memorised: PSNR to training clips.",
+                "moving_shapes",
             ),
             Flag("prompts", int, "How many clips are judged.", 144),
             Flag("seed", int, "Of prompts and noise.", 0),

@@ -71,6 +71,7 @@ def base() -> ConfigDict:
     model.heads = 6
     model.mlp_ratio = 4.0
     model.rope_theta = 100.0  # of the 3D rotary embedding; coordinates are small numbers
+    model.absolute = True  # tokens also know where they are, not just how far from each other
     model.time_in_seconds = False  # t coordinates in seconds × 8 instead of latent frames
     model.remat = "full"  # none | full: which activations of a block the backward pass computes again
     model.unroll = 1  # layers unrolled in the scan; all of them is faster on a CPU, one compiles fastest

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from vidgen import sample
 from vidgen.config import ConfigError
-from vidgen.evaluation import moving_shapes
+from vidgen.data.sources import open_source
+from vidgen.evaluation import memorised, moving_shapes
 from vidgen.studio import media
 
 
@@ -50,7 +51,7 @@ def run(
     text = json.dumps(results, ensure_ascii=False, indent=2).encode()
     for name in (f"{suite}.json", f"{suite}-{step}.json"):
         media.write(os.path.join(folder, name), text)
-    shown = media.grid(videos[:36], scale=max(1, sample.scale_for(config.sample.width) // 2))
+    shown = media.grid(videos[:36], columns=6, scale=max(1, sample.scale_for(config.sample.width) // 2))
     for kind in ("gif", "mp4"):
         media.save_video(os.path.join(folder, f"{suite}.{kind}"), shown, config.sample.fps)
     return results
@@ -77,16 +78,31 @@ def _told(seen) -> str:
     return "; ".join(f"{s.colour} {s.shape} {'/'.join(s.motions)}".strip() for s in seen) or "nothing"
 
 
-SUITES: dict[str, Callable] = {"moving_shapes": _moving_shapes}
+def _memorised(config: ConfigDict, generator, params, count: int, seed: int) -> tuple[dict, list[np.ndarray]]:
+    """Clips of the training set drawn from their captions, against the clips; see `evaluation/memorised.py`."""
+    source = open_source(config.data, "train")
+    wanted = memorised.clips(source, generator.tokenizer.geometry, count)
+    drawn: dict[str, np.ndarray] = {}
+    for size in sorted({video.shape[:3] for _, _, video in wanted}):
+        config.sample.frames, config.sample.height, config.sample.width = size
+        some = [(name, prompt) for name, prompt, video in wanted if video.shape[:3] == size]
+        videos = sample.draw(config, generator, params, [prompt for _, prompt in some], seeds=(seed,))
+        drawn |= dict(zip((name for name, _ in some), videos, strict=True))
+    rows = [memorised.compare(name, prompt, video, drawn[name]) for name, prompt, video in wanted]
+    pairs = [clip for name, _, video in wanted for clip in (video, drawn[name])]
+    return memorised.summary(rows) | {"per_prompt": rows}, pairs
+
+
+# suite → (config, generator, params, how many, seed) → (figures, clips to show)
+SUITES: dict[str, Callable] = {"moving_shapes": _moving_shapes, "memorised": _memorised}
 
 
 def table(results: dict[str, Any]) -> str:
     """The figures of `run` for a terminal."""
-    rows = [(k, v) for k, v in results.items() if isinstance(v, (int, float)) and k != "step"]
-    lines = [
-        f"  {name:<12} {value:>7.1%}"
-        if isinstance(value, float) and name != "flicker"
-        else f"  {name:<12} {value:>7.4g}"
-        for name, value in rows
-    ]
-    return "\n".join([f"{results['suite']}, step {results['step']}", *lines])
+    lines = [f"{results['suite']}, step {results['step']}"]
+    for name, value in results.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or name == "step":
+            continue
+        as_share = isinstance(value, float) and results["suite"] == "moving_shapes" and name != "flicker"
+        lines.append(f"  {name:<12} {f'{value:.1%}' if as_share else f'{value:.4g}':>8}")
+    return "\n".join(lines)

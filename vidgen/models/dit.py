@@ -15,10 +15,10 @@ from vidgen.models.blocks import Block, norm, pick
 from vidgen.models.rope import rope_table
 
 
-def level_embedding(t: jax.Array, width: int) -> jax.Array:
-    """Sinusoids of noise levels in [0, 1]: [...] → [..., width] f32."""
-    frequency = jnp.exp(-jnp.log(10_000.0) * jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
-    angle = 1000.0 * t[..., None].astype(jnp.float32) * frequency
+def sinusoids(x: jax.Array, width: int, longest: float = 10_000.0) -> jax.Array:
+    """Cosines and sines of numbers, [...] → [..., width] f32, at wavelengths from 2π to 2π · `longest`."""
+    frequency = jnp.exp(-jnp.log(longest) * jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
+    angle = x[..., None].astype(jnp.float32) * frequency
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
@@ -27,6 +27,7 @@ class DiT(nn.Module):
 
     Attributes:
       features: P of the noisy tokens; as many come out.
+      absolute: whether tokens are told where they are, beside the rotary embedding, which tells how far apart they are.
       text: the encoder of byte ids, or None where the batch brings text as values.
     """
 
@@ -36,6 +37,7 @@ class DiT(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     rope_theta: float = 100.0
+    absolute: bool = True
     text: nn.Module | None = None
     remat: str = "full"
     unroll: int = 1
@@ -43,6 +45,8 @@ class DiT(nn.Module):
 
     def setup(self):
         self.embed = nn.Dense(self.width, dtype=self.dtype)
+        if self.absolute:
+            self.place = nn.Dense(self.width, dtype=jnp.float32)
         self.level_in = nn.Dense(self.width, dtype=jnp.float32)
         self.level_out = nn.Dense(self.width, dtype=jnp.float32)
         block = nn.remat(Block, prevent_cse=False) if self.remat == "full" else Block
@@ -69,9 +73,11 @@ class DiT(nn.Module):
         """Prediction [B,S,P] f32 for noisy tokens at the row's noise levels in [0, 1] (0 = clean)."""
         chex.assert_rank([noisy_BxSxP, levels_BxN, batch.segment, batch.coords], [3, 2, 2, 3])
         text = self.encode_context(batch).context["text"] if "text" in batch.context else None
-        condition = self.level_out(nn.silu(self.level_in(level_embedding(levels_BxN, 256))))
+        condition = self.level_out(nn.silu(self.level_in(sinusoids(1000.0 * levels_BxN, 256))))
         table = rope_table(batch.coords, self.width // self.heads, self.rope_theta)
         x = self.embed(noisy_BxSxP).astype(jnp.float32)
+        if self.absolute:
+            x = x + self.place(sinusoids(batch.coords, 64, self.rope_theta).reshape(*x.shape[:2], -1))
         x, _ = self.blocks(x, condition, batch.level, batch.segment, table, text)
         shift, scale = jnp.split(pick(self.final_modulation(nn.silu(condition)), batch.level), 2, axis=-1)
         return self.head(norm(x) * (1 + scale) + shift)
@@ -90,6 +96,7 @@ def from_config(config: ConfigDict, features: int, text: nn.Module | None) -> Di
         heads=m.heads,
         mlp_ratio=m.mlp_ratio,
         rope_theta=m.rope_theta,
+        absolute=m.absolute,
         text=text,
         remat=m.remat,
         unroll=min(m.unroll, m.layers),

@@ -44,6 +44,7 @@ def step_flops(config: ConfigDict, features: int, squares: float, text_squares: 
     block += texts * 2 * 2 * t.width * width + levels * 2 * 6 * width**2  # cross (k, v), modulation
     pick = 2 * tokens * (r.segments + 1) * width  # a one-hot product a modulation vector
     ends = tokens * 2 * 2 * features * width + levels * 2 * (256 + 3 * width) * width + 2 * pick
+    ends += tokens * 2 * 3 * 64 * width if m.absolute else 0
     text = texts * t.layers * (2 * 4 + 2 * 2 * 4) * t.width**2
     forward = m.layers * (block + 6 * pick) + ends + text
 

@@ -1,0 +1,51 @@
+"""Whether clips that were trained on come back when their captions are asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vidgen.data.sources import Source
+from vidgen.geometry import Geometry
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of u8 arrays or of their means, in dB; higher is closer, infinite is equal."""
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
+def still_psnr(video: np.ndarray) -> float:
+    """PSNR of a clip [T,H,W,3] u8 against its own mean frame: what a picture without motion would reach at best."""
+    return psnr(video, np.broadcast_to(video.mean(axis=0), video.shape))
+
+
+def clips(source: Source, geometry: Geometry, count: int) -> list[tuple[str, str, np.ndarray]]:
+    """(name, caption, video) of the first `count` clips, cut to whole tokens as training cuts them: from the middle in
+    space, from the start in time.
+    """
+    found = []
+    for index in range(min(count, len(source.sizes))):
+        clip = source.read(index, 0)
+        frames, height, width = geometry.fit(*clip.video.shape[:3])
+        y, x = (clip.video.shape[1] - height) // 2, (clip.video.shape[2] - width) // 2
+        video = clip.video[:frames, y : y + height, x : x + width]
+        found.append((source.name(index), clip.caption, video))
+    return found
+
+
+def compare(name: str, prompt: str, video: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
+    """A row of the table: PSNR of the drawn clip, of the clip's mean frame, and how much better the first is."""
+    got, still = psnr(video, drawn), still_psnr(video)
+    return {"prompt": prompt, "clip": name, "psnr": got, "still_psnr": still, "gain": got - still}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Worst and mean, in dB, over the clips."""
+    return {
+        "psnr_min": min(row["psnr"] for row in rows),
+        "psnr_mean": float(np.mean([row["psnr"] for row in rows])),
+        "gain_min": min(row["gain"] for row in rows),
+        "prompts": len(rows),
+    }
