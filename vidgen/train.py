@@ -91,6 +91,7 @@ def run(config: ConfigDict, workdir: str) -> Result:
         nonlocal last
         meter.done(n, metrics)
         if more or _due(n, config.train.log_every, config.train.steps):
+            checkpoints.check()
             last = meter.row() | more
             writer.scalars(n, last)
             progress.update(n, last)

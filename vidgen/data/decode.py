@@ -13,7 +13,6 @@ import itertools
 import os
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
@@ -29,7 +28,7 @@ CONTAINERS = (
 INDEXED = {"mov", "matroska", "gif"}  # whose packets are frames, each with its time; the rest is counted by decoding
 LONGEST_GAP = 600.0  # seconds between two frames beyond which time stamps are taken to be broken
 MAGIC = (b"\x1aE\xdf\xa3", b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"\0\0\1\xba", b"\0\0\1\xb3", b"FLV")
-ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+ATOMS = (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"wide", b"free", b"skip", b"pnot", b"sidx", b"uuid")
 Source = bytes | str | os.PathLike
 
 
@@ -69,7 +68,6 @@ def probe(source: Source) -> VideoInfo:
         stream = container.streams.video[0]
         formats = set(container.format.name.split(","))
         declared, rate, unit = stream.frames, float(stream.average_rate or 0), float(stream.time_base or 1)
-        lasting = _stream_seconds(container, stream)
         first = next(_iterate(container, stream), None)
         aspect = float(stream.sample_aspect_ratio or 1) or 1.0
         if first is None:
@@ -90,8 +88,6 @@ def probe(source: Source) -> VideoInfo:
     times = (stamps[:, 0] - stamps[0, 0]) * unit
     if not (np.diff(times) > 0).all():  # NaN too: a file without times plays at its rate
         times = np.arange(len(times)) / (rate or 24.0)
-    if lasting > times[-1] + 1 + 0.1 * lasting:
-        raise BadClip("truncated")
     fps, constant = _rate(times, rate)
     last = stamps[-1, 1] * unit
     return VideoInfo(
@@ -300,40 +296,79 @@ def _check(video: np.ndarray) -> None:
 @contextlib.contextmanager
 def _open(source: Source) -> Iterator[av.container.InputContainer]:
     """An open container with a video stream; FFmpeg's errors as BadClip."""
-    head, tail = _ends(source)
-    if not head:
-        raise BadClip("empty file")
+    known = _check_whole(source)
     file = io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(source)
-    known = head.startswith(MAGIC) or head[4:8] in ATOMS
-    # FFmpeg decodes what there is of these without a word.
-    if head.startswith(b"GIF8") and not tail.endswith(b";") or head.startswith(b"\x89PNG") and b"IEND" not in tail:
-        raise BadClip("truncated")
-    if head.startswith(b"\xff\xd8\xff") and b"\xff\xd9" not in tail:
-        raise BadClip("truncated")
     try:
         container = av.open(file, options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
     except (av.error.FFmpegError, ValueError, OverflowError) as error:
         raise BadClip("truncated" if known else "not a video") from error
     with container:
         if not container.streams.video:
-            raise BadClip("no frames" if container.streams.audio or known else "not a video")
+            raise BadClip("no frames" if known or container.streams.audio else "not a video")
         yield container
 
 
-def _ends(source: Source) -> tuple[bytes, bytes]:
-    """The first and the last bytes of a file, without trailing zeros."""
-    if isinstance(source, bytes):
-        return source[:16], source[-64:].rstrip(b"\0")
-    path = Path(source)
+def _check_whole(source: Source) -> bool:
+    """Whether the first bytes are those of a known kind of file, which is as long as it says.
+
+    FFmpeg decodes what there is of a file without a word, so this looks where files say how long they are. Raises
+    BadClip: "missing file", "unreadable file", "empty file", "truncated".
+    """
     try:
-        with path.open("rb") as file:
-            head = file.read(16)
-            file.seek(max(0, path.stat().st_size - 64))
-            return head, file.read().rstrip(b"\0")
-    except FileNotFoundError:
-        raise BadClip("missing file") from None
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            total = file.seek(0, os.SEEK_END)
+            file.seek(max(0, total - 64))
+            tail = file.read().rstrip(b"\0")
+            file.seek(0)
+            head = file.read(64)
+            if not head:
+                raise BadClip("empty file")
+            end = _last_box(file, total) if head[4:8] in ATOMS else _declared_size(head)
+    except FileNotFoundError as error:
+        raise BadClip("missing file") from error
     except OSError as error:
         raise BadClip("unreadable file") from error
+    marks = ((b"GIF8", b";"), (b"\x89PNG", b"IEND"), (b"\xff\xd8\xff", b"\xff\xd9"))
+    if end > total or any(head.startswith(start) and stop not in tail for start, stop in marks):
+        raise BadClip("truncated")
+    return head.startswith(MAGIC) or head[4:8] in ATOMS
+
+
+def _last_box(file: io.BufferedIOBase, total: int) -> int:
+    """Where the boxes of an MP4 or QuickTime file end, by their own sizes."""
+    at = 0
+    while at + 8 <= total:
+        file.seek(at)
+        box = file.read(16)
+        size = int.from_bytes(box[:4], "big")
+        if size == 1:
+            size = int.from_bytes(box[8:], "big")
+        if size < 8 or box[4:8] not in ATOMS:  # to the end of the file, or bytes that are no box
+            return at
+        at += size
+    return at
+
+
+def _declared_size(head: bytes) -> int:
+    """How long an AVI, WebM or Matroska file says it is; 0 where it doesn't."""
+    if head.startswith(b"RIFF"):
+        return 8 + int.from_bytes(head[4:8], "little")
+    if not head.startswith(b"\x1aE\xdf\xa3"):
+        return 0
+    at, size = _vint(head, 4)
+    if head[at + size : at + size + 4] != b"\x18\x53\x80\x67":  # the segment, which holds all the rest
+        return 0
+    at, size = _vint(head, at + size + 4)
+    return at + size
+
+
+def _vint(data: bytes, at: int) -> tuple[int, int]:
+    """Where the variable-length integer of Matroska (RFC 8794) at `at` ends, and its value; 0 for "unknown"."""
+    if at >= len(data) or not data[at]:
+        return at, 0
+    length = 9 - data[at].bit_length()
+    value = int.from_bytes(data[at : at + length], "big") & ((1 << 7 * length) - 1)
+    return at + length, 0 if value == (1 << 7 * length) - 1 else value
 
 
 def _iterate(container, stream) -> Iterator[av.VideoFrame]:
@@ -362,13 +397,3 @@ def _packet_times(container) -> np.ndarray | None:
         raise BadClip("no frames")
     stamps = np.array(sorted(packets), np.int64)
     return stamps if (np.diff(stamps[:, 0]) > 0).all() else None
-
-
-def _stream_seconds(container, stream) -> float:
-    """How long the file says that its pictures last; 0 where it doesn't."""
-    if stream.metadata.get("DURATION"):
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        return 3600 * float(hours) + 60 * float(minutes) + float(seconds)
-    if len(container.streams) == 1 and container.duration and "matroska" in container.format.name:
-        return container.duration / av.time_base
-    return 0.0

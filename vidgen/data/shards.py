@@ -179,9 +179,13 @@ class ShardSource:
                 import tensorflow_datasets as tfds
 
                 try:
-                    self._records = tfds.builder_from_directory(self._directory).as_data_source("train")
+                    builder = tfds.builder_from_directory(self._directory)
+                    lacking = [p for p in builder.info.splits["train"].filepaths if not os.path.exists(p)]
+                    self._records = builder.as_data_source("train")
                 except Exception as error:  # TFDS has no error of its own for a file that lacks
                     raise ConfigError(f"{self._directory}: {' '.join(str(error).split())}") from None
+                if lacking:
+                    raise ConfigError(f"{lacking[0]}: missing; {len(lacking)} of the shards in dataset_info.json are")
             return self._records
 
     def __getstate__(self):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import difflib
+import fnmatch
 import hashlib
 import os
 import re
@@ -69,7 +70,7 @@ class TfdsSource:
         self._text = _choose(name, "text", features, _is_text, CAPTION, text, exclude=self._video)
         self._classes = _classes(features[self._text])
         self._fps = fps or 24.0
-        self._records, self._lock = None, threading.Lock()
+        self._records, self._features, self._lock = None, None, threading.Lock()
         count = len(self._open())
         key = [
             SCAN,
@@ -117,27 +118,24 @@ class TfdsSource:
                 import tensorflow_datasets as tfds
 
                 builder = _builder(self._directory)
-                feature = _flat(builder.info.features)[self._video]
-                decoders = None
-                if _has_images(feature):  # encoded bytes are for PyAV
-                    decoders = tfds.decode.SkipDecoding()
-                    for key in reversed(self._video.split("/")):
-                        decoders = {key: decoders}
+                raw = tfds.decode.DeserializeMethod.RAW_BYTES
                 try:
-                    self._records = builder.as_data_source(self._split, decoders=decoders)
+                    self._records = builder.as_data_source(self._split, deserialize_method=raw)
                 except Exception as error:  # NotImplementedError, ValueError, FileNotFoundError, …
                     raise ConfigError(f"{self._name}: {_line(error)}") from None
+                # Only the two features that are used are decoded, and encoded images are left for PyAV.
+                self._features = _only(builder.info.features, {self._video, self._text})
             return self._records
 
     def __getstate__(self):
-        return {**self.__dict__, "_records": None, "_lock": None}
+        return {**self.__dict__, "_records": None, "_features": None, "_lock": None}
 
     def __setstate__(self, state):
         self.__dict__.update(state, _lock=threading.Lock())
 
     def _record(self, index: int) -> dict:
         try:
-            return self._open()[int(index)]
+            return self._features.deserialize_example_np(self._open()[int(index)])
         except Exception as error:  # ArrayRecord and TFDS raise RuntimeError, ValueError, IndexError and more
             raise BadClip("unreadable record") from error
 
@@ -208,27 +206,29 @@ def _directory(name: str) -> str:
     wanted = name.removeprefix(PREFIX)
     if os.path.isdir(os.path.expanduser(wanted)):
         return os.path.abspath(os.path.expanduser(wanted))
-    if not re.fullmatch(r"\w+(/[\w.-]+)?(:[\d.*]+)?", wanted):
+    match = re.fullmatch(r"(\w+)(?:/([\w.-]+))?(?::([\d.*]+))?", wanted)
+    if not match:
         raise ConfigError(f"{name}: expected tfds:NAME[/CONFIG][:VERSION], or tfds:DIRECTORY")
-    root = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or str(tfds.core.constants.DATA_DIR))
-    found = tfds.core.load.find_builder_dir(wanted, data_dir=root)
-    if found:
-        return str(found)
-    base = re.split("[/:]", wanted)[0]
-    here = sorted(p.name for p in Path(root).iterdir() if p.is_dir()) if os.path.isdir(root) else []
-    if base in here:
-        have = sorted(str(p.parent.relative_to(Path(root))) for p in Path(root, base).rglob("dataset_info.json"))
-        raise ConfigError(
-            f"{name}: no such config or version in {root}; it has {', '.join(have) or 'nothing prepared'}"
-        )
+    base, config, version = match.groups()
+    root = Path(os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR).expanduser()
+    # NAME/[CONFIG/]VERSION, as TFDS lays them out
+    have = sorted(path.parent for path in (root / base).rglob("dataset_info.json"))
+    fitting = [p for p in have if config in (None, p.parent.name) and fnmatch.fnmatch(p.name, version or "*")]
+    if len({p.parent for p in fitting}) == 1:
+        return str(max(fitting, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")]))
+    if have:
+        names = ", ".join(f"{PREFIX}{p.parent.relative_to(root).as_posix()}:{p.name}" for p in have)
+        what = "several configs of it" if fitting else "no such config or version"
+        raise ConfigError(f"{name}: {what}; in {root} (TFDS_DATA_DIR) there are {names}")
     known = tfds.list_builders(with_community_datasets=False)
     if base in known:
         raise ConfigError(
-            f"{name}: not prepared in {root}; first run, in Python: "
+            f"{name}: not prepared in {root} (TFDS_DATA_DIR); first run, in Python: "
             f"tfds.builder({base!r}).download_and_prepare(file_format='array_record')"
         )
+    here = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
     near = difflib.get_close_matches(base, here, n=1, cutoff=0.4) or difflib.get_close_matches(base, known, n=1)
-    hint = f"; did you mean tfds:{near[0]}?" if near else ""
+    hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
     raise ConfigError(f"{name}: no such dataset in {root} (TFDS_DATA_DIR){hint}")
 
 
@@ -266,6 +266,22 @@ def _flat(features, prefix: str = "") -> dict[str, Any]:
     if not isinstance(features, tfds.features.FeaturesDict):
         return {prefix.rstrip("/"): features}
     return {k: v for name, f in features.items() for k, v in _flat(f, f"{prefix}{name}/").items()}
+
+
+def _only(features, paths: set[str], prefix: str = ""):
+    """The features at `paths` and nothing else, with bytes in place of images."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(features, tfds.features.FeaturesDict):
+        parts = {n: _only(f, paths, f"{prefix}{n}/") for n, f in features.items()}
+        parts = {name: part for name, part in parts.items() if part is not None}
+        return tfds.features.FeaturesDict(parts) if parts else None
+    if prefix.rstrip("/") not in paths:
+        return None
+    if not _has_images(features):
+        return features
+    encoded = tfds.features.Scalar(np.object_)
+    return encoded if _kind(features) == "Image" else tfds.features.Sequence(encoded)
 
 
 def _get(record: dict, path: str) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from vidgen import config as configs
@@ -25,7 +26,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, keep: int = 2):
-        absl_logging.get_absl_logger().setLevel("WARNING")  # Orbax tells every file at INFO
+        logging.getLogger("absl").addFilter(_told_elsewhere)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
         names = ("state", "ema", "facts")
         self._directory = os.path.join(os.path.abspath(workdir), FOLDER)
@@ -74,6 +75,10 @@ class Checkpoints:
         """The moving average of `step` alone."""
         return self._manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(like)))["ema"]
 
+    def check(self) -> None:
+        """Raises ConfigError if a save under way has failed; returns at once."""
+        self._guarded(self._manager.check_for_errors)
+
     def wait(self) -> None:
         """Until what was saved is on disk; raises ConfigError if it could not be written."""
         self._guarded(self._manager.wait_until_finished)
@@ -87,8 +92,15 @@ class Checkpoints:
         try:
             act()
         except (OSError, ValueError) as e:  # tensorstore raises ValueError for a full disk
+            reasons = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)]
             text = " ".join(str(e).split())
-            raise ConfigError(f"{self._directory}: the checkpoint could not be written: {text[:300]}") from e
+            reason = next((reason for reason in reasons if reason in text), text[:300])
+            raise ConfigError(f"{self._directory}: the checkpoint could not be written: {reason}") from e
+
+
+def _told_elsewhere(record: logging.LogRecord) -> bool:
+    """Keeps Orbax's threads from printing the traceback of an error that `Checkpoints` raises in one line."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _without_ema(state: TrainState) -> dict[str, Any]:

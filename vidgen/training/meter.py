@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,15 @@ from vidgen.config import ConfigError
 from vidgen.data.feed import FeedInfo
 
 PATIENCE = 10  # unreadable clips: fewer are no share to judge by
+
+
+def host_memory() -> float:
+    """Bytes that this process holds in memory; 0 where the system does not say (it does on Linux)."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as f:
+            return float(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0.0
 
 
 class Meter:
@@ -97,6 +107,7 @@ class Meter:
             "tokens_seen": self.tokens_seen,
             "skipped_steps": self._last["skipped"],
             "unreadable_clips": float(self._bad.total()),
+            "host_memory_gib": host_memory() / 2**30,
         }
         if self._steps:
             values |= {

@@ -1,0 +1,22 @@
+"""The notebooks run from top to bottom, on a few steps."""
+
+import glob
+import os
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "notebooks")
+
+
+@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(FOLDER, "*.ipynb"))), ids=os.path.basename)
+def test_a_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("VIDGEN_STEPS", "3")
+    monkeypatch.setenv("VIDGEN_WORKDIR", str(tmp_path))
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": FOLDER}}).execute()
+    shown = [kind for cell in notebook.cells for out in cell.get("outputs", []) for kind in out.get("data", {})]
+    assert shown.count("image/gif") == 2 and shown.count("text/html") == 1
+    told = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
+    assert "all_right" in told and "fill 100.0%" in told

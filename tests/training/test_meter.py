@@ -1,0 +1,68 @@
+"""What a row of metrics.jsonl says."""
+
+import pytest
+
+from vidgen.config import ConfigError
+from vidgen.data.feed import FeedInfo
+from vidgen.training.meter import Meter
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def meter(clock, **changes):
+    arguments = {
+        "lr": lambda n: 0.1 * n,
+        "useful_flops": 50.0,
+        "peak_flops": 1000.0,
+        "clips_a_step": 4.0,
+        "max_bad": 0.1,
+    }
+    return Meter(**(arguments | changes), clock=clock)
+
+
+def done(n, loss=1.0, tokens=10.0):
+    return n, {"loss": loss, "grad_norm": 2.0, "tokens": tokens, "skipped": 0}
+
+
+def test_speed_counts_steps_after_the_first_and_no_time_aside():
+    clock = Clock()
+    m = meter(clock, tokens_seen=1000.0)
+    m.fed(FeedInfo(5.0, {}))
+    clock.now += 60  # compiling
+    m.done(*done(1, loss=4.0))
+    for n in (2, 3):
+        m.fed(FeedInfo(0.1, {}))
+        clock.now += 1
+        m.done(*done(n, loss=n))
+    clock.now += 30
+    m.aside(30)
+    row = m.row()
+    assert row["loss"] == 3.0 and row["lr"] == pytest.approx(0.2) and row["tokens_seen"] == 1030
+    assert row["tokens_per_second"] == pytest.approx(10) and row["seconds_per_step"] == pytest.approx(1)
+    assert row["mfu"] == pytest.approx(0.05) and row["data_wait_fraction"] == pytest.approx(0.1)
+
+
+def test_a_row_of_the_first_step_alone_says_nothing_of_speed():
+    clock = Clock()
+    m = meter(clock)
+    m.done(*done(1))
+    row = m.row()
+    assert row["loss"] == 1.0 and "mfu" not in row
+    clock.now += 2
+    m.done(*done(2))
+    assert m.row()["seconds_per_step"] == pytest.approx(2)
+
+
+def test_few_bad_clips_are_counted_and_many_end_the_run():
+    m = meter(Clock())
+    for _ in range(10):
+        m.fed(FeedInfo(0.0, {"truncated": 1}))
+    m.done(*done(1))
+    assert m.row()["unreadable_clips"] == 10
+    with pytest.raises(ConfigError, match="11 of about 44 clips could not be read .truncated: 11."):
+        m.fed(FeedInfo(0.0, {"truncated": 1}))
