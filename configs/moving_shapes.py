@@ -3,8 +3,8 @@
     vidgen train --config configs/moving_shapes.py --workdir runs/shapes
     vidgen evaluate --workdir runs/shapes --suite moving_shapes
 
-One to three objects, seven shapes, eight colours, twelve motions, moving cameras, occlusion, collisions, two shots: hours
-of training, on an accelerator. The first lines that train prints say how well the rows are filled and balanced.
+One to three objects, seven shapes, eight colours, twelve motions, moving cameras, occlusion, collisions, two shots:
+hours of training, on an accelerator. The first lines that train prints say how well the rows are filled and balanced.
 """
 
 from ml_collections import ConfigDict

@@ -58,5 +58,5 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.sample_every = 250
 
     c.sample.frames = 9
-    c.sample.guidance = 3.0
+    c.sample.guidance = 2.0
     return c

@@ -173,7 +173,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     c = config(steps=100_000, log_every=1, checkpoint_every=100_000)
     (tmp_path / "c.json").write_text(to_json(c))
     (tmp_path / "c.py").write_text(
-        f"from vidgen import config\ndef get_config(arg=''):\n    return config.from_json(open({str(tmp_path / 'c.json')!r}).read())\n"
+        "import pathlib\n\nfrom vidgen import config\n\n\n"
+        "def get_config(arg=''):\n"
+        "    return config.from_json((pathlib.Path(__file__).parent / 'c.json').read_text())\n"
     )
     command = [
         sys.executable,

@@ -59,16 +59,16 @@ def run(dataset: str, output: str = "") -> dict:
     report |= {
         "hours": float(seconds.sum() / 3600),
         "frames": int(sizes.frames[good].sum()),
-        "lengths": _histogram(f"{n} frames" for n in sizes.frames[good].tolist()),
-        "sizes": _histogram(f"{h}x{w}" for h, w in zip(sizes.height[good], sizes.width[good], strict=True)),
-        "aspects": _histogram(map(_aspect, sizes.width[good] / np.maximum(sizes.height[good], 1))),
-        "fps": _histogram(f"{f:g}" for f in np.round(sizes.fps[good], 2).tolist()),
+        "lengths": _histogram("{} frames", sizes.frames[good]),
+        "sizes": _histogram("{}x{}", sizes.height[good], sizes.width[good]),
+        "aspects": _histogram("about {}:{}", *_aspects(sizes.width[good], sizes.height[good])),
+        "fps": _histogram("{:g}", np.round(sizes.fps[good].astype(float), 2)),
         "caption_bytes": _spread(sizes.text[good]),
     }
     picked = good[np.unique(np.linspace(0, len(good) - 1, min(SHOWN, len(good))).astype(int))] if len(good) else good
     examples = [_example(source, int(i)) for i in picked]
     captions = _captions(dataset) or [e.caption for e in examples if e.caption]
-    report["scripts"] = _histogram(map(script, captions))
+    report["scripts"] = _counts(collections.Counter(map(script, captions)))
     report["unreadable"] = dict(collections.Counter(e.problem for e in examples if e.problem))
     report["examples"] = [{"name": e.name, "caption": e.caption, "size": e.size} for e in examples[:5]]
     folder = Path(output or (dataset if os.path.isdir(dataset) else "."))
@@ -183,18 +183,27 @@ def _page(report: dict, examples: list[Example]) -> str:
     )
 
 
-def _aspect(ratio: float) -> str:
-    """The nearest of the usual aspect ratios."""
-    usual = ((1, 3), (9, 21), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (21, 9), (3, 1))
-    width, height = min(usual, key=lambda wh: abs(np.log(ratio * wh[1] / wh[0])))
-    return f"about {width}:{height}"
+def _aspects(width: np.ndarray, height: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest of the usual aspect ratios, as (width, height)."""
+    usual = np.array([(1, 3), (9, 21), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (21, 9), (3, 1)])
+    edges = np.log(usual[:, 0] / usual[:, 1])
+    nearest = np.searchsorted((edges[1:] + edges[:-1]) / 2, np.log(width / np.maximum(height, 1)))
+    return usual[nearest, 0], usual[nearest, 1]
 
 
-def _histogram(values) -> dict[str, int]:
+def _histogram(form: str, *columns: np.ndarray) -> dict[str, int]:
+    """How often each row of the columns occurs, written as `form` says."""
+    rows, counts = np.unique(np.stack(columns, -1), axis=0, return_counts=True)
+    return _counts(
+        collections.Counter({form.format(*r): n for r, n in zip(rows.tolist(), counts.tolist(), strict=True)})
+    )
+
+
+def _counts(counter: collections.Counter) -> dict[str, int]:
     """The most frequent values and how often each occurs; the rest as "others"."""
-    counts = collections.Counter(values).most_common()
-    shown = dict(counts[: BINS if len(counts) <= BINS else BINS - 1])
-    rest = sum(n for _, n in counts[len(shown) :])
+    ranked = counter.most_common()
+    shown = dict(ranked[: BINS if len(ranked) <= BINS else BINS - 1])
+    rest = counter.total() - sum(shown.values())
     return shown | ({"others": rest} if rest else {})
 
 

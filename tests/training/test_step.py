@@ -101,6 +101,21 @@ def test_accumulation_equals_the_whole_batch(world, reference, parts):
     assert apart(state.params, reference[0].params) < 2e-3
 
 
+def test_bfloat16_products_keep_float32_weights_and_nearly_the_loss(world):
+    generator, params, batch = world
+    keys = row_keys(0, np.int32(0), 4)
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    config = make_tiny()
+    config.dtype = "bfloat16"
+    half = generators.from_config(config)
+    assert {x.dtype.name for x in jax.tree.leaves(jax.eval_shape(half.init, keys[0], generators.example(config)))} == {
+        "float32"
+    }
+    losses = [float(jax.jit(flow.loss_of(g, config.objective))(params, batch, keys)) for g in (generator, half)]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-2)
+
+
 def test_the_gradient_equals_finite_differences(world):
     generator, params, batch = world
     config = make_tiny()

@@ -193,16 +193,17 @@ def _rows(path: Path) -> list[dict]:
         # Only line feeds and returns end a row, and a quote left open is an error rather than one endless caption.
         file, delimiter = io.StringIO(text, newline=""), "\t" if kind == ".tsv" else ","
         return list(csv.DictReader(file, delimiter=delimiter, strict=True))
-    number = None
-    try:
-        if kind == ".json":
-            rows = json.loads(text)
-        else:
-            # Only \n ends a line: captions may hold other line separators.
-            rows = [json.loads(line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    except ValueError as error:
-        where = f" line {number}" if number else ""
-        raise ConfigError(f"--input {path}{where}: not JSON: {error}") from None
+    # Only line feeds end a line: captions may hold other separators.
+    parts = [text] if kind == ".json" else text.split("\n")
+    rows = []
+    for number, part in enumerate(parts, 1):
+        try:
+            rows += [json.loads(part)] if part.strip() else []
+        except ValueError as error:
+            where = "" if kind == ".json" else f" line {number}"
+            raise ConfigError(f"--input {path}{where}: not JSON: {error}") from None
+    if kind == ".json":
+        rows = rows[0] if rows else []
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
         raise ConfigError(f"--input {path}: expected one JSON object a clip")
     return rows

@@ -154,10 +154,11 @@ def stream_frames(source: Source, info: VideoInfo, start: int, stop: int) -> Ite
         stream = container.streams.video[0]
         if not isinstance(source, bytes):
             stream.thread_type = "AUTO"
-        place, due = 0, start
+        place, due, first = 0, start, None
         if start and info.pts is not None:
-            container.seek(int(info.pts[start]), stream=stream)
-        for frame in _iterate(container, stream):
+            first = int(info.pts[start])
+            container.seek(first, stream=stream)
+        for frame in _iterate(container, stream, first):
             if info.pts is not None and frame.pts is not None:
                 place = int(np.searchsorted(info.pts, frame.pts))
             if place > due:
@@ -195,8 +196,7 @@ class Encoder:
 
     With `full_chroma`, or where a side is odd, which halved chroma cannot be, colour has the resolution of brightness
     (yuv444p): truer small objects, and every size ≥ 1 × 1 comes back exactly. Otherwise it has half (yuv420p), which
-    every browser and player shows. Colours are BT.709 and tagged so. One thread and no time stamps of the clock: the
-    same frames give the same bytes.
+    every browser and player shows. Colours are BT.709 and tagged so. The same frames give the same bytes.
     """
 
     def __init__(
@@ -207,7 +207,8 @@ class Encoder:
             raise ValueError(f"fps={fps}: expected more than 0")
         self._file = io.BytesIO()
         self._container = av.open(self._file, "w", format="mp4", options={"fflags": "+bitexact"})
-        options = {"crf": str(crf), "preset": "medium", "x264-params": "log-level=error"}
+        # With its macroblock tree, x264's bits differ from run to run on some sizes; a short GOP has little use for it.
+        options = {"crf": str(crf), "preset": "medium", "x264-params": "log-level=error:mbtree=0"}
         self._stream = stream = self._container.add_stream(
             "libx264", rate=Fraction(fps).limit_denominator(1001), options=options
         )
@@ -371,10 +372,11 @@ def _vint(data: bytes, at: int) -> tuple[int, int]:
     return at + length, 0 if value == (1 << 7 * length) - 1 else value
 
 
-def _iterate(container, stream) -> Iterator[av.VideoFrame]:
+def _iterate(container, stream, first: int | None = None) -> Iterator[av.VideoFrame]:
+    """Decoded frames; those before time stamp `first` may be broken: after a seek they can lack what they refer to."""
     try:
         for frame in container.decode(stream):
-            if frame.is_corrupt:
+            if frame.is_corrupt and (first is None or frame.pts is None or frame.pts >= first):
                 raise BadClip("damaged")
             yield frame
     except av.error.DecoderNotFoundError as error:

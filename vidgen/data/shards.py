@@ -11,11 +11,14 @@ A directory of shards holds
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +78,10 @@ def _features():
 
 
 class ShardWriter:
-    """Writes records and index into an existing directory; it is a dataset only once `finish` has returned."""
+    """Writes records and index into an existing directory; it is a dataset only once `finish` has returned.
+
+    Raises OSError where the disk is full or fails.
+    """
 
     def __init__(self, directory: Path):
         self._directory = directory
@@ -90,11 +96,13 @@ class ShardWriter:
             self._close_shard()
             # Records that are compressed already gain nothing from more of it.
             path = self._directory / f"shard-{len(self._lengths):05d}"
-            self._shard, self._shard_bytes = ArrayRecordWriter(str(path), "group_size:1,uncompressed"), 0
+            with _disk_errors():
+                self._shard, self._shard_bytes = ArrayRecordWriter(str(path), "group_size:1,uncompressed"), 0
             self._lengths.append(0)
         fields = {k: getattr(row, k) for k in ("caption", "id", "frames", "height", "width", "fps")}
         record = self._features.serialize_example({"video": video, **fields})
-        self._shard.write(record)
+        with _disk_errors():
+            self._shard.write(record)
         self._index.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
         self._lengths[-1] += 1
         self._shard_bytes += len(record)
@@ -127,8 +135,19 @@ class ShardWriter:
 
     def _close_shard(self) -> None:
         if self._shard is not None:
-            self._shard.close()
-            self._shard = None
+            shard, self._shard = self._shard, None
+            with _disk_errors():
+                shard.close()
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """ArrayRecord's errors as the OSError they stand for."""
+    try:
+        yield
+    except RuntimeError as error:
+        code = errno.ENOSPC if os.strerror(errno.ENOSPC) in str(error) else errno.EIO
+        raise OSError(code, " ".join(str(error).split())) from error
 
 
 def read_index(directory: str | os.PathLike) -> list[Row]:
@@ -203,8 +222,9 @@ class ShardSource:
         Raises BadClip: "unreadable record", "checksum differs", "size differs from the index", or as `decode` does.
         """
         del epoch
+        records = self._open()
         try:
-            record = self._open()[int(index)]
+            record = records[int(index)]
         except Exception as error:  # ArrayRecord raises RuntimeError, ValueError, IndexError and more
             raise BadClip("unreadable record") from error
         if checksum(record["video"]) != self._checksums[index]:

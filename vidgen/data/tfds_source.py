@@ -134,8 +134,9 @@ class TfdsSource:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def _record(self, index: int) -> dict:
+        records = self._open()
         try:
-            return self._features.deserialize_example_np(self._open()[int(index)])
+            return self._features.deserialize_example_np(records[int(index)])
         except Exception as error:  # ArrayRecord and TFDS raise RuntimeError, ValueError, IndexError and more
             raise BadClip("unreadable record") from error
 
@@ -265,7 +266,7 @@ def _flat(features, prefix: str = "") -> dict[str, Any]:
 
     if not isinstance(features, tfds.features.FeaturesDict):
         return {prefix.rstrip("/"): features}
-    return {k: v for name, f in features.items() for k, v in _flat(f, f"{prefix}{name}/").items()}
+    return {k: v for name, f in sorted(features.items()) for k, v in _flat(f, f"{prefix}{name}/").items()}
 
 
 def _only(features, paths: set[str], prefix: str = ""):
