@@ -1,6 +1,7 @@
 """Settings: one tree, clear errors."""
 
 import glob
+import math
 import os
 
 import pytest
@@ -38,7 +39,17 @@ def test_command_line_values_take_the_type_of_the_default(key, value, read):
     assert c == read and type(c) is type(read)
 
 
-@pytest.mark.parametrize(("key", "value"), [("train.steps", "many"), ("train.steps", "1.5"), ("optimizer.lr", "True")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.steps", "many"),
+        ("train.steps", "1.5"),
+        ("optimizer.lr", "True"),
+        ("sample.prompts", "'a red circle'"),
+        ("tokenizer.stride", "('a', 1, 2)"),
+        ("tokenizer.stride", "(4, 8, 8.5)"),
+    ],
+)
 def test_a_value_of_another_type_is_refused(key, value):
     with pytest.raises(ConfigError, match=f"config.{key}=.*expected"):
         configs.override(configs.base(), {key: value})
@@ -47,6 +58,45 @@ def test_a_value_of_another_type_is_refused(key, value):
 def test_an_unknown_key_names_the_nearest():
     with pytest.raises(ConfigError, match="unknown setting config.train.step; did you mean config.train.steps"):
         configs.override(configs.base(), {"train.step": 3})
+
+
+def test_the_tree_is_locked():
+    with pytest.raises(AttributeError):
+        configs.base().train.stepz = 5
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "near"),
+    [
+        ("model.heads", 0, "1"),
+        ("tokenizer.std", 0.0, "1e-06"),
+        ("optimizer.ema", 2.0, "1"),
+        ("optimizer.lr", math.inf, "1000"),
+    ],
+)
+def test_a_number_out_of_range_names_the_nearest(key, value, near):
+    with pytest.raises(ConfigError, match=f"config.{key}=.*nearest: {near}"):
+        configs.check(configs.override(configs.base(), {key: value}))
+
+
+def test_ranges_are_of_settings_that_are():
+    assert configs.RANGES.keys() <= set(configs._leaves(configs.base()))
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("pass", "returned NoneType; expected a ConfigDict"),
+        ("import ml_collections; return ml_collections.ConfigDict()", "no data.fps; start from"),
+        ("c = config.base(); c.train.stepz = 5; return c", "AttributeError.*stepz"),
+        ("c = config.base(); c.train.steps = 0; return c", "config.train.steps=0: expected 1"),
+    ],
+)
+def test_a_file_that_makes_no_config_is_told(tmp_path, body, says):
+    path = tmp_path / "c.py"
+    path.write_text(f"from vidgen import config\ndef get_config(arg=''):\n    {body}\n")
+    with pytest.raises(ConfigError, match=says):
+        configs.load(str(path))
 
 
 def test_overriding_leaves_the_original_alone():

@@ -52,6 +52,19 @@ def test_settings_are_taken(workdir, tmp_path, settings):
     assert usual.shape != other.shape or not np.array_equal(usual, other)
 
 
+def test_a_seed_decides_the_noise_of_stochastic_solvers_too(workdir, tmp_path):
+    settings = {"solver": "ddim", "eta": 1.0}
+    grid = sample.run(workdir, ["a red circle", "a blue square"], str(tmp_path / "a.mp4"), seeds=(0, 1), **settings)
+    alone = sample.run(workdir, ["a blue square"], str(tmp_path / "b.mp4"), seeds=(1,), **settings)
+    assert np.abs(grid.videos[1][1].astype(int) - alone.videos[0][0]).max() <= 1
+
+
+def test_a_prompt_longer_than_captions_were_is_cut_aloud(workdir, tmp_path, capsys):
+    long = "一个" * 5000
+    sample.run(workdir, [long], str(tmp_path / "a.mp4"))
+    assert "cut to its first 45 bytes" in capsys.readouterr().err  # of 47, whole characters
+
+
 def test_guidance_one_does_not_look_at_the_negative_prompt(tiny):
     generator = generators.from_config(tiny)
     params = jax.jit(generator.init)(jax.random.key(0), generators.example(tiny))
@@ -69,7 +82,7 @@ def test_guidance_one_does_not_look_at_the_negative_prompt(tiny):
     ("call", "says"),
     [
         ({"prompts": []}, "--prompt"),
-        ({"output": "x.avi"}, "unknown suffix '.avi'"),
+        ({"output": "x.avi"}, "expected FILE.mp4 or FILE.gif"),
         ({"solver": "dpm"}, "known are euler, heun, ddim"),
         ({"frames": 0}, "config.sample.frames=0"),
         ({"step": 7}, "no step 7; there are 2"),
@@ -100,5 +113,5 @@ def test_evaluate_writes_its_figures_and_the_report_shows_them(workdir):
 
 
 def test_an_unknown_suite_names_the_known(workdir):
-    with pytest.raises(ConfigError, match="known are moving_shapes; did you mean moving_shapes"):
+    with pytest.raises(ConfigError, match="known are moving_shapes, memorised; did you mean moving_shapes"):
         evaluate.run(workdir, "moving_shape")

@@ -26,7 +26,8 @@ class TokenBatch:
       cond: [B,S,C] f32 or None, extra channels beside the noisy tokens.
       vectors: [B,N,V] f32 or None, class, fps, camera, action.
       context: name → (values [B,L,E] f32 or ids [B,L] i32, segment [B,L] i32): what is attended to.
-      clip: [B,K] i32 or None, which clip of the index each segment is, -1 where there is none: for audits and tests.
+      clip: [B,K] i32, which clip of the index each segment is, -1 where there is none; its shape says what K is. None
+        where rows hold one clip each, in sampling.
     """
 
     tokens: Any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -37,7 +38,7 @@ class Flag:
 
 @dataclasses.dataclass(frozen=True)
 class Verb:
-    """A verb. `call` gets the flags' values by name, and returns what --json prints.
+    """A verb. `call` gets the flags' values by name, and returns what --json prints, "exit" apart: the exit status.
 
     positional: name of the one argument without a flag, if the verb takes one.
     """
@@ -54,7 +55,8 @@ def _train(config: str, workdir: str, input: str | None, changes: dict[str, str]
     c = configs.load(config, changes | ({"data.source": input} if input else {}))
     from vidgen import train
 
-    return dataclasses.asdict(train.run(c, workdir))
+    result = train.run(c, workdir)
+    return dataclasses.asdict(result) | {"exit": 128 + signal.Signals[result.stopped_by] if result.stopped_by else 0}
 
 
 def _sample(prompt: list[str], prompts_file: str | None, seed: list[int], **rest: Any) -> dict[str, Any]:
@@ -112,7 +114,7 @@ _WORKDIR = Flag("workdir", str, "Directory of the run.", required=True)
 VERBS = {
     "train": Verb(
         _train,
-        "Trains, or goes on from the newest checkpoint of the workdir. Ctrl-C or SIGTERM saves before it stops.",
+        "Trains, or goes on from the newest checkpoint of the workdir. Ctrl-C or SIGTERM saves and stops (status 130, 143).",
         (
             Flag("config", str, "Python file with get_config(arg) -> ConfigDict: FILE or FILE:arg.", required=True),
             _WORKDIR,
@@ -140,8 +142,9 @@ VERBS = {
             Flag(
                 "suite",
                 str,
-                "moving_shapes: unseen prompts, judged by parsing the clips; memorised: PSNR to training clips.",
-                "moving_shapes",
+                "moving_shapes: unseen prompts, judged by parsing the clips; memorised: PSNR to training clips. "
+                "What fits the run unless given.",
+                "",
             ),
             Flag("prompts", int, "How many clips are judged.", 144),
             Flag("seed", int, "Of prompts and noise.", 0),
@@ -167,7 +170,7 @@ VERBS = {
             Flag("size", int, "Pixels of the shorter side, the other follows; 0: as stored.", 0),
             Flag("fps", float, "Frames a second to resample to; 0: the file's own.", 0.0),
             Flag("gop", int, "Frames from a key frame to the next: short ones are fast to seek in.", 8),
-            Flag("crf", float, "Quality of the x264 encoding: 0 is lossless, 16 looks it.", 16.0),
+            Flag("crf", float, "Quality of the x264 encoding, 0 (best) to 51.", 16.0),
         ),
     ),
     "inspect": Verb(
@@ -206,8 +209,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = VERBS[name].call(**values)
     except (ConfigError, OSError) as e:
         _fail(" ".join(str(e).split()), name)
+    except KeyboardInterrupt:
+        print(f"vidgen {name}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except RuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        _fail(
+            "the device is out of memory: try fewer config.rows.count, config.model.remat=full, or more devices", name
+        )
+    code = result.pop("exit", 0)
     if as_json:
         print(json.dumps(result, ensure_ascii=False, default=str))
+    sys.exit(code)
 
 
 def _parse(name: str, verb: Verb, argv: list[str]) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import ast
 import difflib
 import importlib.util
 import json
+import math
 import os
 from typing import Any
 
-import ml_collections
 from ml_collections import ConfigDict
 
 
@@ -96,7 +96,7 @@ def base() -> ConfigDict:
     optimizer.beta1 = 0.9
     optimizer.beta2 = 0.99
     optimizer.momentum = 0.95  # of Muon
-    optimizer.weight_decay = 0.0
+    optimizer.weight_decay = 0.0  # of kernels and embeddings; with muon, of its matrices only
     optimizer.clip = 1.0  # global norm of the gradient; 0: none
     optimizer.outlier = 10.0  # a step whose gradient norm is this many times its running mean is skipped; 0: none
     optimizer.ema = 0.999  # decay of the weights that sample and evaluate use; ramps up from 0 over the first steps
@@ -112,7 +112,7 @@ def base() -> ConfigDict:
     train.checkpoint_every = 1000
     train.keep = 2  # checkpoints kept, the newest
     train.eval_every = 0  # 0: never; held-out loss on a fixed grid of noise levels
-    train.eval_rows = 16
+    train.eval_rows = 16  # rounded up to whole steps
     train.sample_every = 0  # 0: never
     train.profile_steps = ()  # (first, last): a trace of these steps in WORKDIR/profile
     train.max_bad = 0.01  # share of unreadable clips above which the run stops
@@ -128,7 +128,73 @@ def base() -> ConfigDict:
     sample.steps = 24
     sample.guidance = 2.0  # classifier-free; 1: none
     sample.eta = 0.0  # of ddim: share of the noise that each step draws anew
-    return c
+    return c.lock()
+
+
+# setting → (least, most) where a number outside would fail late or mean nothing; checked by `check`.
+RANGES: dict[str, tuple[float, float]] = {
+    "data.threads": (0, 4096),
+    "data.prefetch": (0, 4096),
+    "rows.count": (1, math.inf),
+    "rows.tokens": (1, math.inf),
+    "rows.segments": (1, math.inf),
+    "rows.text": (1, math.inf),
+    "rows.caption": (1, math.inf),
+    "rows.window": (1, math.inf),
+    "tokenizer.mean": (-1e6, 1e6),
+    "tokenizer.std": (1e-6, 1e6),
+    "text.width": (2, math.inf),
+    "text.layers": (0, 1000),
+    "text.heads": (1, math.inf),
+    "model.width": (2, math.inf),
+    "model.layers": (1, 10_000),
+    "model.heads": (1, math.inf),
+    "model.mlp_ratio": (1e-3, 1e3),
+    "model.rope_theta": (1, 1e12),
+    "model.unroll": (1, 10_000),
+    "objective.time_mean": (-20, 20),
+    "objective.time_std": (0, 20),
+    "objective.time_min": (1e-6, 1),
+    "objective.shift": (1e-3, 1e3),
+    "objective.shift_tokens": (0, math.inf),
+    "objective.caption_dropout": (0, 1),
+    "optimizer.lr": (0, 1e3),
+    "optimizer.muon_lr": (0, 1e3),
+    "optimizer.warmup": (0, math.inf),
+    "optimizer.final": (0, 1),
+    "optimizer.beta1": (0, 0.999999),
+    "optimizer.beta2": (0, 0.999999),
+    "optimizer.momentum": (0, 0.999999),
+    "optimizer.weight_decay": (0, 1e3),
+    "optimizer.clip": (0, 1e9),
+    "optimizer.outlier": (0, 1e9),
+    "optimizer.ema": (0, 0.999999999),
+    "optimizer.accumulate": (1, math.inf),
+    "train.steps": (1, 2**31 - 1),
+    "train.log_every": (1, math.inf),
+    "train.checkpoint_every": (1, math.inf),
+    "train.keep": (1, math.inf),
+    "train.eval_every": (0, math.inf),
+    "train.eval_rows": (1, math.inf),
+    "train.sample_every": (0, math.inf),
+    "train.max_bad": (0, 1),
+    "sample.frames": (1, math.inf),
+    "sample.height": (1, math.inf),
+    "sample.width": (1, math.inf),
+    "sample.fps": (1e-3, 1e4),
+    "sample.steps": (1, 100_000),
+    "sample.guidance": (-1e3, 1e3),
+    "sample.eta": (0, 1),
+}
+
+
+def check(c: ConfigDict) -> None:
+    """Raises ConfigError for a number outside its range, naming the nearest inside."""
+    for key, value in _leaves(c).items():
+        least, most = RANGES.get(key, (-math.inf, math.inf))
+        if isinstance(value, int | float) and not least <= value <= most:
+            near = min(max(value, least), most) if value == value else least
+            raise ConfigError(f"config.{key}={value}: expected {least:g} to {most:g}; nearest: {near:g}")
 
 
 def _leaves(c: ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -164,6 +230,11 @@ def override(c: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
     return c
 
 
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, all the way down: what JSON gives for what a config file holds."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
 def _typed(value: Any, like: Any) -> Any:
     """`value`, from a command line, as the type of `like`."""
     if isinstance(like, str):
@@ -174,7 +245,12 @@ def _typed(value: Any, like: Any) -> Any:
     if isinstance(like, bool) != isinstance(value, bool):
         raise TypeError
     if isinstance(like, tuple):
-        return tuple(value)
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        value = _tuples(value)
+        if like and not isinstance(like[0], tuple) and any(type(v) is not type(like[0]) for v in value):
+            raise TypeError
+        return value
     if isinstance(like, float):
         return float(value)
     if not isinstance(value, type(like)):
@@ -205,7 +281,17 @@ def load(file: str, changes: dict[str, Any] | None = None) -> ConfigDict:
         raise
     except Exception as e:  # whatever a user's file may raise
         raise ConfigError(f"--config={path}: {type(e).__name__}: {e}") from e
-    return override(config, changes or {})
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"--config={path}: get_config returned {type(config).__name__}; expected a ConfigDict")
+    known, found = _leaves(base()).keys(), _leaves(config).keys()
+    if known != found:
+        key = sorted(known ^ found)[0]
+        near = difflib.get_close_matches(key, known, n=1)
+        what = f"unknown setting {key}{f'; did you mean {near[0]}?' if near else ''}" if key in found else f"no {key}"
+        raise ConfigError(f"--config={path}: {what}; start from vidgen.config.base()")
+    config = override(config, changes or {})
+    check(config)
+    return config
 
 
 def read_lines(path: str) -> list[str]:
@@ -225,11 +311,7 @@ def to_json(c: ConfigDict) -> str:
 def from_json(text: str) -> ConfigDict:
     """Inverse of `to_json`, on top of the defaults; raises ConfigError on keys that this version does not know."""
 
-    def untuple(value):
-        return tuple(untuple(v) for v in value) if isinstance(value, list) else value
-
-    flat = {k: untuple(v) for k, v in _leaves(ml_collections.ConfigDict(json.loads(text))).items()}
-    return override(base(), flat)
+    return override(base(), _leaves(ConfigDict(json.loads(text))))
 
 
 def difference(a: ConfigDict, b: ConfigDict) -> list[str]:

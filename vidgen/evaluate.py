@@ -28,7 +28,7 @@ def run(
 
     Args:
       workdir: of a training run.
-      suite: a key of SUITES.
+      suite: a key of SUITES; empty: moving_shapes for a run on moving shapes, memorised for any other.
       prompts: how many clips are judged.
       seed: of the prompts and the noise.
       step: of the checkpoint; None: the newest.
@@ -36,13 +36,16 @@ def run(
 
     Returns what SUITE.json holds. Raises ConfigError.
     """
+    config, generator, params, step = sample.load(workdir, step)
+    suite = suite or ("moving_shapes" if config.data.source == "moving_shapes" else "memorised")
     if suite not in SUITES:
         near = difflib.get_close_matches(suite, SUITES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"unknown suite {suite!r}: known are {', '.join(SUITES)}{hint}")
     if prompts < 1:
         raise ConfigError(f"--prompts={prompts}: expected at least 1")
-    config, generator, params, step = sample.load(workdir, step)
+    if seed < 0:
+        raise ConfigError(f"--seed={seed}: expected 0 or more")
     sample.override(config, settings)
     results, videos = SUITES[suite](config, generator, params, prompts, seed)
     results = {"suite": suite, "step": step, **results, "sample": config.sample.to_dict()}
@@ -80,17 +83,18 @@ def _told(seen) -> str:
 
 def _memorised(config: ConfigDict, generator, params, count: int, seed: int) -> tuple[dict, list[np.ndarray]]:
     """Clips of the training set drawn from their captions, against the clips; see `evaluation/memorised.py`."""
-    source = open_source(config.data, "train")
-    wanted = memorised.clips(source, generator.tokenizer.geometry, count)
+    wanted, unused = memorised.clips(open_source(config.data, "train"), generator.tokenizer.geometry, count)
+    if not wanted:
+        raise ConfigError(f"config.data.source={config.data.source}: no clip could be used: {unused}")
     drawn: dict[str, np.ndarray] = {}
-    for size in sorted({video.shape[:3] for _, _, video in wanted}):
-        config.sample.frames, config.sample.height, config.sample.width = size
-        some = [(name, prompt) for name, prompt, video in wanted if video.shape[:3] == size]
-        videos = sample.draw(config, generator, params, [prompt for _, prompt in some], seeds=(seed,))
-        drawn |= dict(zip((name for name, _ in some), videos, strict=True))
-    rows = [memorised.compare(name, prompt, video, drawn[name]) for name, prompt, video in wanted]
-    pairs = [clip for name, _, video in wanted for clip in (video, drawn[name])]
-    return memorised.summary(rows) | {"per_prompt": rows}, pairs
+    for kind in sorted({(*clip.video.shape[:3], clip.fps) for clip in wanted}):
+        config.sample.frames, config.sample.height, config.sample.width, config.sample.fps = kind
+        some = [clip for clip in wanted if (*clip.video.shape[:3], clip.fps) == kind]
+        videos = sample.draw(config, generator, params, [clip.prompt for clip in some], seeds=(seed,))
+        drawn |= dict(zip((clip.name for clip in some), videos, strict=True))
+    rows = [memorised.compare(clip, drawn[clip.name]) for clip in wanted]
+    pairs = [video for clip in wanted for video in (clip.video, drawn[clip.name])]
+    return memorised.summary(rows) | {"unused": unused, "per_prompt": rows}, pairs
 
 
 # suite → (config, generator, params, how many, seed) → (figures, clips to show)

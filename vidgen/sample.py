@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from vidgen import config as configs
 from vidgen.batch import TokenBatch
 from vidgen.config import ConfigError
 from vidgen.data.clip import BadClip
@@ -22,6 +24,7 @@ from vidgen.data.text import encode_text
 from vidgen.diffusion import generator as generators
 from vidgen.diffusion.generator import Generator
 from vidgen.diffusion.solvers import SOLVERS
+from vidgen.geometry import Geometry, Grid
 from vidgen.studio import media
 from vidgen.training.checkpoint import Checkpoints, read_config
 
@@ -67,18 +70,24 @@ def run(
         raise ConfigError("no prompt: expected --prompt TEXT, once or several times")
     if not seeds:
         raise ConfigError("no seed: expected --seed N, once or several times")
-    media.check_suffix(output)
+    if os.path.splitext(output)[1].lower() not in (".mp4", ".gif"):
+        raise ConfigError(f"--output={output}: expected FILE.mp4 or FILE.gif")
     config, generator, params, step = load(workdir, step)
     override(config, settings)
+    for text in (*prompts, negative):
+        kept = len(encode_text(text, config.rows.caption)) - 1
+        if kept < len(text.encode(errors="replace")):
+            print(f"cut to its first {kept} bytes, as long as captions were in training: {text!r}", file=sys.stderr)
     videos = draw(config, generator, params, prompts, seeds=seeds, negative=negative)
     rows = [videos[i : i + len(seeds)] for i in range(0, len(videos), len(seeds))]
     shown = media.grid(rows, scale=scale_for(config.sample.width))
-    files = write_grid(output, shown, config, prompts, seeds, negative=negative, step=step)
+    about = {"prompts": list(prompts), "seeds": list(seeds), "negative": negative, "step": step}
+    stem = os.path.splitext(output)[0]
+    files = write_grid(stem, shown, config.sample.fps, f"{stem}.json", config.sample.to_dict() | about)
     if len(videos) > 1:
-        folder = os.path.splitext(output)[0]
         for p, row in enumerate(rows):
             for seed, video in zip(seeds, row, strict=True):
-                files.append(os.path.join(folder, f"prompt{p:02d}_seed{seed}.mp4"))
+                files.append(os.path.join(stem, f"prompt{p:02d}_seed{seed}.mp4"))
                 media.save_video(files[-1], video, config.sample.fps)
     return Result(step, tuple(prompts), tuple(seeds), rows, tuple(files))
 
@@ -87,7 +96,7 @@ def load(workdir: str, step: int | None = None) -> tuple[ConfigDict, Generator, 
     """(config, generator, averaged weights, step) of a checkpoint of `workdir`, the newest unless told; ConfigError."""
     config = read_config(workdir)
     generator = generators.from_config(config)
-    checkpoints = Checkpoints(workdir, config.train.keep)
+    checkpoints = Checkpoints(workdir, read_only=True)
     try:
         found = checkpoints.steps
         if not found:
@@ -108,6 +117,7 @@ def override(config: ConfigDict, settings: dict[str, Any]) -> None:
     for key, value in settings.items():
         if value is not None:
             config.sample[key] = value
+    configs.check(config)
     check(config)
 
 
@@ -116,13 +126,6 @@ def check(config: ConfigDict) -> None:
     s = config.sample
     if s.solver not in SOLVERS:
         raise ConfigError(f"config.sample.solver={s.solver!r}: known are {', '.join(SOLVERS)}")
-    for key in ("frames", "height", "width", "steps"):
-        if s[key] < 1:
-            raise ConfigError(f"config.sample.{key}={s[key]}: expected at least 1")
-    if s.fps <= 0:
-        raise ConfigError(f"config.sample.fps={s.fps}: expected more than 0")
-    if not 0 <= s.eta <= 1:
-        raise ConfigError(f"config.sample.eta={s.eta}: expected 0 to 1")
 
 
 def draw(
@@ -158,7 +161,8 @@ def draw(
         rows = clip_rows(config, geometry, [p for p, _ in padded], size, length)
         empty = clip_rows(config, geometry, [negative] * at_once, size, length)
         noise = jnp.stack([noise_of(seed) for _, seed in padded])
-        video = sampler(params, rows, empty, noise, jax.random.key(first))
+        keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), 1) for _, seed in padded])
+        video = sampler(params, rows, empty, noise, keys)
         video = np.asarray(video)[: len(chunk), : s.frames]
         y, x = (size[1] - s.height) // 2, (size[2] - s.width) // 2
         videos += list(video[:, :, y : y + s.height, x : x + s.width])
@@ -166,7 +170,7 @@ def draw(
 
 
 def clip_rows(
-    config: ConfigDict, geometry, prompts: Sequence[str], size: tuple[int, int, int], length: int
+    config: ConfigDict, geometry: Geometry, prompts: Sequence[str], size: tuple[int, int, int], length: int
 ) -> TokenBatch:
     """A row for each prompt that holds one clip of `size` and nothing else, as the feed lays clips out."""
     coords = geometry.coords(*size, config.sample.fps if config.model.time_in_seconds else None)
@@ -185,19 +189,19 @@ def clip_rows(
 
 
 @functools.lru_cache(maxsize=8)
-def _sampler(generator: Generator, objective: str, grid, solver: str, steps: int, guidance: float, eta: float):
+def _sampler(generator: Generator, objective: str, grid: Grid, solver: str, steps: int, guidance: float, eta: float):
     """The jitted sampler of one shape of clip."""
     objective = ConfigDict(json.loads(objective))
 
     @jax.jit
-    def sample(params, rows, empty, noise, key):
+    def sample(params, rows, empty, noise, keys):
         tokens = generators.generate(
             generator,
             params,
             rows,
             None if guidance == 1 else empty,
             noise,
-            key,
+            keys,
             objective,
             solver=solver,
             steps=steps,
@@ -221,6 +225,8 @@ def heldout_captions(config: ConfigDict, count: int) -> list[str]:
             continue
         if len(captions) == count:
             break
+    if not captions:
+        raise ConfigError("config.sample.prompts is empty, and no held-out clip can be read for its caption; give some")
     return list(captions)
 
 
@@ -229,13 +235,10 @@ def scale_for(width: int) -> int:
     return max(1, 128 // width)
 
 
-def write_grid(path: str, video: np.ndarray, config: ConfigDict, prompts, seeds, **more: Any) -> list[str]:
-    """Writes `path` (.mp4 or .gif), its twin of the other kind, and beside them as JSON what was asked for."""
-    stem = os.path.splitext(path)[0]
+def write_grid(stem: str, video: np.ndarray, fps: float, about_path: str, about: dict[str, Any]) -> list[str]:
+    """Writes STEM.mp4, STEM.gif and, as JSON, what was asked for; returns the paths."""
     files = [f"{stem}.mp4", f"{stem}.gif"]
     for file in files:
-        media.save_video(file, video, config.sample.fps)
-    asked = config.sample.to_dict() | {"prompts": list(prompts), "seeds": list(seeds)} | more
-    about = os.path.join(os.path.dirname(path), "prompts.json") if stem.endswith("grid") else f"{stem}.json"
-    media.write(about, json.dumps(asked, ensure_ascii=False, indent=2).encode())
-    return [*files, about]
+        media.save_video(file, video, fps)
+    media.write(about_path, json.dumps(about, ensure_ascii=False, indent=2).encode())
+    return [*files, about_path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,6 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from vidgen import config as configs
 from vidgen import sample
 from vidgen.config import ConfigError, to_json
 from vidgen.data import feed
@@ -33,7 +35,7 @@ from vidgen.training.checkpoint import Checkpoints, abstract, write_config
 from vidgen.training.meter import Meter
 from vidgen.training.metrics import MetricWriter, Progress
 from vidgen.training.profiler import Profiler
-from vidgen.training.resilience import StopSignal
+from vidgen.training.resilience import StopSignal, only_one
 from vidgen.training.state import TrainState
 from vidgen.training.step import make_step
 
@@ -44,12 +46,12 @@ class Result:
 
     Attributes:
       step: steps taken in all, this attempt's and earlier ones'.
-      finished: False where a signal ended it before `train.steps`.
+      stopped_by: name of the signal that ended it before `train.steps`; empty where none did.
       metrics: the last row of metrics.jsonl that this attempt wrote.
     """
 
     step: int
-    finished: bool
+    stopped_by: str
     metrics: dict[str, float]
 
 
@@ -58,8 +60,11 @@ def run(config: ConfigDict, workdir: str) -> Result:
 
     Raises ConfigError for anything that the user can mend.
     """
+    config = ConfigDict(config)
+    if os.path.isdir(config.data.source):
+        config.data.source = os.path.abspath(config.data.source)  # the workdir is to be of use from anywhere
     check(config)
-    mesh = make_mesh(config.mesh, config.rows.count)
+    mesh = make_mesh(config.mesh, config.rows.count, config.optimizer.accumulate)
     rows = NamedSharding(mesh, ROWS)
     generator = generators.from_config(config)
     geometry = generator.tokenizer.geometry
@@ -67,37 +72,46 @@ def run(config: ConfigDict, workdir: str) -> Result:
     source = open_source(config.data, "train")
     packing = Packing(source.sizes, geometry, config.rows, config.seed)
     heldout = heldout_loss(config, generator, rows) if config.train.eval_every else None
+    if config.train.sample_every and not config.sample.prompts:
+        config.sample.prompts = tuple(sample.heldout_captions(config, 8))
 
-    write_config(workdir, config)
-    checkpoints = Checkpoints(workdir, config.train.keep)
-    state, shardings, facts = begin(config, generator, optimizer, source, checkpoints, mesh)
-    start = int(state.step)
-    step = jax.jit(
-        make_step(flow.loss_of(generator, config.objective), flow.trained, optimizer, config),
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-    )
+    changed = write_config(workdir, config)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(only_one(workdir))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.train.keep)))
+        state, shardings, facts = begin(config, generator, optimizer, source, checkpoints, mesh)
+        start = int(state.step)
+        progress = stack.enter_context(contextlib.closing(Progress(config.train.steps, start)))
+        if start >= config.train.steps:
+            progress.say(f"Already at step {start} of {config.train.steps}: nothing to do")
+            return Result(start, "", {})
+        if start and "train.steps" in changed and config.optimizer.schedule != "constant":
+            progress.say("config.train.steps has changed, and the learning rate's schedule with it")
+        step = jax.jit(
+            make_step(flow.loss_of(generator, config.objective), flow.trained, optimizer, config),
+            in_shardings=(shardings, rows),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        )
+        writer = MetricWriter(workdir, wandb_project=config.train.wandb, config_json=to_json(config))
+        stack.enter_context(contextlib.closing(writer)).resume(start + 1)
+        meter = _introduce(config, workdir, generator, source, packing, state, mesh, facts["tokens_seen"], progress)
+        profiler = stack.enter_context(contextlib.closing(Profiler(config.train.profile_steps, workdir)))
+        stop = stack.enter_context(StopSignal())
+        batches = stack.enter_context(feed.batches(source, packing, geometry, config, start, rows))
+        last: dict[str, float] = {}
 
-    writer = MetricWriter(workdir, wandb_project=config.train.wandb, config_json=to_json(config))
-    writer.resume(start + 1)
-    progress = Progress(config.train.steps, start)
-    meter = _introduce(config, workdir, generator, source, packing, state, mesh, facts["tokens_seen"], progress)
-    profiler = Profiler(config.train.profile_steps, workdir)
-    last: dict[str, float] = {}
+        def finish(n: int, metrics: dict[str, jax.Array], more: dict[str, float]) -> None:
+            """Takes the numbers of step n, and writes them where they are due."""
+            nonlocal last
+            meter.done(n, metrics)
+            if more or _due(n, config.train.log_every, config.train.steps):
+                checkpoints.check()
+                last = meter.row() | more
+                writer.scalars(n, last)
+                progress.update(n, last)
 
-    def finish(n: int, metrics: dict[str, jax.Array], more: dict[str, float]) -> None:
-        """Takes the numbers of step n, and writes them where they are due."""
-        nonlocal last
-        meter.done(n, metrics)
-        if more or _due(n, config.train.log_every, config.train.steps):
-            checkpoints.check()
-            last = meter.row() | more
-            writer.scalars(n, last)
-            progress.update(n, last)
-
-    n, late, stopping = start, None, False
-    with StopSignal() as stop, feed.batches(source, packing, geometry, config, start, rows) as batches:
+        n, late, stopping = start, None, False
         while n < config.train.steps and not stopping:
             n += 1
             profiler.before(n)
@@ -118,44 +132,30 @@ def run(config: ConfigDict, workdir: str) -> Result:
                 jax.block_until_ready(metrics)
                 clock = time.perf_counter()
                 more = heldout(state.ema) if judge else {}
-                if draw:
-                    draw_samples(config, generator, state.ema, n, workdir, writer)
                 meter.aside(time.perf_counter() - clock)
                 finish(*late, more)
                 late = None
-            if save:
                 clock = time.perf_counter()
-                checkpoints.save(state, facts | {"tokens_seen": meter.tokens_seen})
+                if save:
+                    checkpoints.save(state, facts | {"tokens_seen": meter.tokens_seen})
+                if draw:
+                    draw_samples(config, generator, state.ema, n, workdir, writer)
                 meter.aside(time.perf_counter() - clock)
-
-    profiler.close()
-    checkpoints.close()
-    writer.close()
-    progress.close()
-    if n < config.train.steps:
-        progress.say(f"Stopped by {stop.name} after step {n}; all is saved. The same command goes on from there.")
-    return Result(n, n >= config.train.steps, last)
+        checkpoints.wait()
+        if stopping and n < config.train.steps:
+            progress.say(f"Stopped by {stop.name} after step {n}; all is saved. The same command goes on from there.")
+            return Result(n, stop.name, last)
+    return Result(n, "", last)
 
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError on settings that would fail late."""
+    configs.check(config)
     flow.check(config.objective)
     sample.check(config)
-    t = config.train
-    for key in ("steps", "log_every", "checkpoint_every", "keep"):
-        if t[key] < 1:
-            raise ConfigError(f"config.train.{key}={t[key]}: expected at least 1")
-    for key in ("eval_every", "sample_every"):
-        if t[key] < 0:
-            raise ConfigError(f"config.train.{key}={t[key]}: expected 0 (never) or more")
-    if t.profile_steps and (len(t.profile_steps) != 2 or not 1 <= t.profile_steps[0] <= t.profile_steps[1]):
-        raise ConfigError(f"config.train.profile_steps={tuple(t.profile_steps)}: expected (first, last)")
-    rows, parts = config.rows.count, config.optimizer.accumulate
-    if parts < 1 or rows % parts:
-        near = min((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(n - parts))
-        raise ConfigError(
-            f"config.optimizer.accumulate={parts} does not divide config.rows.count={rows}; nearest: {near}"
-        )
+    window = tuple(config.train.profile_steps)
+    if window and (len(window) != 2 or any(type(n) is not int for n in window) or not 1 <= window[0] <= window[1]):
+        raise ConfigError(f"config.train.profile_steps={window}: expected (first, last)")
 
 
 def begin(
@@ -192,11 +192,13 @@ def begin(
 def draw_samples(
     config: ConfigDict, generator: Generator, params: Any, n: int, workdir: str, writer: MetricWriter
 ) -> None:
-    """Samples of `sample.prompts`, or of held-out captions, into WORKDIR/samples/<step>/ and TensorBoard."""
-    prompts = list(config.sample.prompts) or sample.heldout_captions(config, 8)
+    """Samples of `sample.prompts` into WORKDIR/samples/<step>/ and TensorBoard."""
+    prompts = list(config.sample.prompts)
     videos = sample.draw(config, generator, params, prompts, seeds=(0,))
     shown = media.grid(videos, columns=min(4, len(videos)), scale=sample.scale_for(config.sample.width))
-    sample.write_grid(os.path.join(workdir, "samples", f"{n:08d}", "grid.mp4"), shown, config, prompts, (0,), step=n)
+    folder = os.path.join(workdir, "samples", f"{n:08d}")
+    about = config.sample.to_dict() | {"prompts": prompts, "seeds": [0], "step": n}
+    sample.write_grid(os.path.join(folder, "grid"), shown, config.sample.fps, f"{folder}/prompts.json", about)
     writer.videos(n, {"samples": shown}, config.sample.fps)
 
 
@@ -246,6 +248,8 @@ def _introduce(
         f"{flops.useful / 1e9:.3g} GFLOP a step (attention {flops.attention_useful / 1e9:.3g} useful, "
         f"{flops.attention_executed / 1e9:.3g} executed); MFU is against {facts['peak']}"
     )
+    if config.train.eval_every and config.data.source != "moving_shapes" and not config.data.holdout:
+        progress.say("config.data.holdout is 0: the held-out loss is of clips that are trained on")
     progress.say(f"Going on after step {start}" if start else "Compiling the step …")
     lr = optimizers.schedule(config.optimizer, config.optimizer.lr, config.train.steps)
     return Meter(lr, flops.useful, peak, len(clips) / len(planned), config.train.max_bad, tokens_seen)

@@ -192,7 +192,7 @@ def test_a_surprise_surfaces_with_the_name_of_the_clip():
     source, packing, geometry, config = setup(Random(faults={7: OSError("the disk is gone")}))
     with batches(source, packing, geometry, config, 0, sharding()) as feed:
         for _ in range(2):  # and again, where someone goes on after it
-            with pytest.raises(RuntimeError, match="clip-7 .*OSError: the disk is gone"):
+            with pytest.raises(ConfigError, match="clip-7 .*OSError: the disk is gone"):
                 for _ in range(packing.steps_per_epoch):
                     next(feed)
 

@@ -156,6 +156,14 @@ def test_text_and_segments_bind_too():
         check_rows(packing, clips, r, range(10))
 
 
+@pytest.mark.parametrize("lengths", [(10, 290), (10, 20, 300), (1, 299)])
+def test_a_caption_may_fill_its_row(lengths):
+    clips = sizes(1, 256, 256, np.resize(lengths, 60))
+    r = rows(count=2, tokens=2048, text=300, caption=300)
+    packing = Packing(clips, GEOMETRY, r, 0)
+    check_rows(packing, clips, r, range(8))
+
+
 def test_bins_respect_capacities_and_worst_fit_spreads():
     draw = np.random.default_rng(0)
     tokens = np.sort(draw.integers(1, 60, 400))[::-1]

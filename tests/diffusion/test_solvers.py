@@ -13,7 +13,7 @@ KEY = jax.random.key(0)
 
 
 def solve(solver, steps, velocity=lambda x, t: x * jnp.cos(3 * t), **more):
-    return integrate(velocity, X1, jnp.linspace(1.0, 0.0, steps + 1), solver, KEY, **more)
+    return integrate(velocity, X1, jnp.linspace(1.0, 0.0, steps + 1), solver, jax.random.split(KEY, 3), **more)
 
 
 EXACT = X1 * np.exp(-np.sin(3.0) / 3)  # dx/dt = x cos 3t from t = 1 to 0
@@ -45,7 +45,9 @@ def test_ddim_eta_keeps_the_distribution_of_a_gaussian():
 
     noise = jax.random.normal(KEY, (20_000,))
     for eta in (0.0, 0.3):
-        out = integrate(velocity, noise, jnp.linspace(1, 0, 401), "ddim", jax.random.key(1), eta=eta)
+        out = integrate(
+            velocity, noise, jnp.linspace(1, 0, 401), "ddim", jax.random.split(jax.random.key(1), 20_000), eta=eta
+        )
         np.testing.assert_allclose(out.std(), 2.0, rtol=0.03)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vidgen.data.clip import Clip, ClipSizes
+from vidgen.data.clip import BadClip, Clip, ClipSizes
 from vidgen.evaluation import memorised
 from vidgen.geometry import Geometry
 
@@ -17,9 +17,10 @@ def test_psnr_is_the_textbooks():
 
 def test_a_moving_clip_gains_over_its_mean_frame_and_a_still_one_cannot():
     moving = np.stack([np.full((4, 4, 3), v, np.uint8) for v in (0, 50, 100, 150)])
-    row = memorised.compare("clip", "a fade", moving, moving + 1)
+    wanted = memorised.Wanted("clip", "a fade", moving, 8.0)
+    row = memorised.compare(wanted, moving + 1)
     assert row["psnr"] == pytest.approx(48.13, abs=0.01) and row["gain"] > 20
-    worse = memorised.compare("clip", "a fade", moving, np.full_like(moving, 75))
+    worse = memorised.compare(wanted, np.full_like(moving, 75))
     assert worse["gain"] == pytest.approx(0, abs=0.1)
     assert memorised.still_psnr(moving[:1].repeat(3, axis=0)) == float("inf")
     figures = memorised.summary([row, worse])
@@ -28,15 +29,18 @@ def test_a_moving_clip_gains_over_its_mean_frame_and_a_still_one_cannot():
 
 def test_clips_are_cut_to_whole_tokens():
     class Source:
-        sizes = ClipSizes(*(np.array([n]) for n in (7, 20, 18, 8.0, 5)))
+        sizes = ClipSizes(*(np.array([n] * 3) for n in (7, 20, 18, 8.0, 5)))
 
         def read(self, index, epoch):
+            if index == 1:
+                raise BadClip("truncated")
             video = np.broadcast_to(np.arange(20, dtype=np.uint8)[None, :, None, None], (7, 20, 18, 3))
-            return Clip(video, "stripes", 8.0)
+            return Clip(video[:, :4] if index == 2 else video, "stripes", 8.0)
 
         def name(self, index):
             return "stripes.mp4"
 
-    ((name, caption, video),) = memorised.clips(Source(), Geometry((4, 8, 8), (1, 1, 1), 768), 5)
-    assert (name, caption, video.shape) == ("stripes.mp4", "stripes", (5, 16, 16, 3))
-    assert video[0, 0, 0, 0] == 2  # from the middle
+    (clip,), unused = memorised.clips(Source(), Geometry((4, 8, 8), (1, 1, 1), 768), 5)
+    assert (clip.name, clip.prompt, clip.video.shape) == ("stripes.mp4", "stripes", (5, 16, 16, 3))
+    assert unused == {"truncated": 1, "smaller than one token": 1}
+    assert clip.video[0, 0, 0, 0] == 2  # from the middle

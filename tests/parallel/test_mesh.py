@@ -27,7 +27,7 @@ def test_specs_follow_the_table(tiny, path, shape, spec):
 def test_the_mesh_takes_what_is_left_for_data(tiny):
     tiny.mesh.fsdp = 2
     assert dict(make_mesh(tiny.mesh, 4).shape) == {"data": 2, "fsdp": 2}
-    assert dict(make_mesh(tiny.mesh, 4, jax.devices()[:2]).shape) == {"data": 1, "fsdp": 2}
+    assert dict(make_mesh(tiny.mesh, 4, devices=jax.devices()[:2]).shape) == {"data": 1, "fsdp": 2}
 
 
 def test_paths_read_like_paths():

@@ -58,6 +58,24 @@ def test_a_row_of_the_first_step_alone_says_nothing_of_speed():
     assert m.row()["seconds_per_step"] == pytest.approx(2)
 
 
+def test_a_run_that_updates_nothing_any_more_ends():
+    m = meter(Clock())
+    for n in range(1, 51):
+        m.done(n, done(n)[1] | {"skipped": n})
+    with pytest.raises(ConfigError, match="last 50 updates were skipped, at step 51"):
+        m.done(51, done(51)[1] | {"skipped": 51})
+    m = meter(Clock())
+    for n in range(1, 200):
+        m.done(n, done(n)[1] | {"skipped": n // 2})
+
+
+def test_the_learning_rate_is_that_of_the_updates_taken():
+    m = meter(Clock())
+    m.done(1, done(1)[1])
+    m.done(10, done(10)[1] | {"skipped": 4})
+    assert m.row()["lr"] == pytest.approx(0.5)
+
+
 def test_few_bad_clips_are_counted_and_many_end_the_run():
     m = meter(Clock())
     for _ in range(10):

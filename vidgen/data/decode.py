@@ -26,6 +26,7 @@ CONTAINERS = (
     "png_pipe,jpeg_pipe,bmp_pipe,webp_pipe,tiff_pipe"
 )
 INDEXED = {"mov", "matroska", "gif"}  # whose packets are frames, each with its time; the rest is counted by decoding
+REORDER = 16  # frames that one may stand earlier in a file than on screen: the limit of H.264 and H.265
 LONGEST_GAP = 600.0  # seconds between two frames beyond which time stamps are taken to be broken
 MAGIC = (b"\x1aE\xdf\xa3", b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"\0\0\1\xba", b"\0\0\1\xb3", b"FLV")
 ATOMS = (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"wide", b"free", b"skip", b"pnot", b"sidx", b"uuid")
@@ -155,9 +156,9 @@ def stream_frames(source: Source, info: VideoInfo, start: int, stop: int) -> Ite
         if not isinstance(source, bytes):
             stream.thread_type = "AUTO"
         place, due, first = 0, start, None
-        if start and info.pts is not None:
+        if start > REORDER and info.pts is not None:
             first = int(info.pts[start])
-            container.seek(first, stream=stream)
+            container.seek(int(info.pts[start - REORDER]), stream=stream)
         for frame in _iterate(container, stream, first):
             if info.pts is not None and frame.pts is not None:
                 place = int(np.searchsorted(info.pts, frame.pts))
@@ -166,9 +167,9 @@ def stream_frames(source: Source, info: VideoInfo, start: int, stop: int) -> Ite
             if place == due:
                 yield frame
                 due += 1
+            place += 1
             if due == stop:
                 return
-            place += 1
     raise BadClip("truncated")
 
 
@@ -341,9 +342,7 @@ def _last_box(file: io.BufferedIOBase, total: int) -> int:
     while at + 8 <= total:
         file.seek(at)
         box = file.read(16)
-        size = int.from_bytes(box[:4], "big")
-        if size == 1:
-            size = int.from_bytes(box[8:], "big")
+        size = int.from_bytes(box[8:] if box[:4] == b"\0\0\0\1" else box[:4], "big")
         if size < 8 or box[4:8] not in ATOMS:  # to the end of the file, or bytes that are no box
             return at
         at += size

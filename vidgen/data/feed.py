@@ -96,7 +96,7 @@ def build_row(source: Source, row: Row, geometry: Geometry, config: ConfigDict) 
             bad.append((placed.clip, str(error)))
             continue
         except Exception as error:
-            raise RuntimeError(
+            raise ConfigError(
                 f"reading clip {source.name(placed.clip)} (index {placed.clip}, pass {placed.epoch}) failed:"
                 f" {type(error).__name__}: {error}"
             ) from error

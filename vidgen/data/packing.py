@@ -191,7 +191,10 @@ class Packing:
             order = np.lexsort((-text, -tokens))
             return pack_bins(tokens[order], text[order], self._capacity).max() + 1
 
-        coarse = [np.full_like(text, text.max()), *(_round_up(text, n) for n in (1, 2, 4, 8))]
+        coarse = [
+            np.full_like(text, text.max()),
+            *(np.minimum(_round_up(text, n), self._capacity[1]) for n in (1, 2, 4, 8)),
+        ]
         exact = rows(text[sample])
         return next((c for c in coarse if rows(c[sample]) <= 1.005 * exact), text)
 

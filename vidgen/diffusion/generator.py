@@ -63,7 +63,7 @@ def generate(
     batch: TokenBatch,
     unconditional: TokenBatch | None,
     noise_BxSxP: jax.Array,
-    key: jax.Array,
+    keys_B: jax.Array,
     objective: ConfigDict,
     *,
     solver: str,
@@ -77,7 +77,7 @@ def generate(
       batch: rows with prompts; `tokens` are what to keep where `known` is True, and are not looked at elsewhere.
       unconditional: the same rows with the negative prompt, or None for no guidance.
       noise_BxSxP: standard normal.
-      key: for the fresh noise of DDIM with eta > 0.
+      keys_B: a key a row, for the fresh noise of DDIM with eta > 0.
     """
     batch = generator.encode_context(params, batch)
     if unconditional is not None:
@@ -98,4 +98,6 @@ def generate(
         return v if unconditional is None else guided(v, predict(unconditional), guidance)
 
     times = sampling_times(objective, steps, noise_BxSxP.shape[1])
-    return keep(integrate(velocity, noise_BxSxP, times, solver, key, eta))
+    if objective.prediction == "noise":  # which says nothing of the clean signal where all is noise
+        times = jnp.minimum(times, 0.98)
+    return keep(integrate(velocity, noise_BxSxP, times, solver, keys_B, eta))

@@ -35,15 +35,16 @@ def ddim_step(velocity: Velocity, x: jax.Array, t: jax.Array, s: jax.Array, fres
 
 
 def integrate(
-    velocity: Velocity, noise: jax.Array, times: jax.Array, solver: str, key: jax.Array, eta: float = 0.0
+    velocity: Velocity, noise: jax.Array, times: jax.Array, solver: str, keys: jax.Array, eta: float = 0.0
 ) -> jax.Array:
     """Follows `velocity` from `noise` at times[0] = 1 to times[-1] = 0.
 
     Args:
       velocity: (x, t) → dx/dt.
+      noise: [B, …] standard normal.
       times: [steps + 1], falling.
       solver: one of SOLVERS.
-      key: for DDIM with eta > 0.
+      keys: [B], one a sample, for the fresh noise of DDIM with eta > 0.
     """
 
     def step(x, span):
@@ -53,8 +54,8 @@ def integrate(
         elif solver == "heun":
             x = heun_step(velocity, x, t, s)
         else:
-            fresh = jax.random.normal(jax.random.fold_in(key, index), x.shape) if eta else jnp.zeros_like(x)
-            x = ddim_step(velocity, x, t, s, fresh, eta)
+            fresh = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), x.shape[1:]))
+            x = ddim_step(velocity, x, t, s, fresh(keys) if eta else jnp.zeros_like(x), eta)
         return x, None
 
     x, _ = jax.lax.scan(step, noise, (jnp.arange(len(times) - 1), times[:-1], times[1:]))

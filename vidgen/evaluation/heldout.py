@@ -23,8 +23,8 @@ LEVELS = 8
 def heldout_loss(config: ConfigDict, generator: Generator, rows: NamedSharding) -> Callable[[Any], dict[str, float]]:
     """params → {"heldout_loss", "heldout_loss/level_0" … "level_7"}.
 
-    The same `train.eval_rows` rows of clips, the same noise and the same noise levels every time: the middles of
-    eighths of the levels trained on, from little noise to much. `heldout_loss` is their mean.
+    The same rows of clips (`train.eval_rows`, rounded up to whole steps), the same noise and the same levels every time: the middles of eighths of the levels trained on, from little noise to much. `heldout_loss` is their mean.
+    "heldout_unreadable" counts clips that stayed out because they could not be read.
     """
     source = open_source(config.data, "heldout")
     geometry = generator.tokenizer.geometry
@@ -36,14 +36,16 @@ def heldout_loss(config: ConfigDict, generator: Generator, rows: NamedSharding) 
         return flow.heldout_sums(generator, params, batch, keys, config.objective, LEVELS)
 
     def loss(params: Any) -> dict[str, float]:
-        total, tokens = np.zeros(LEVELS), 0.0
+        total, tokens, unreadable = np.zeros(LEVELS), 0.0, 0
         for n in range(steps):
-            batch = jax.device_put(feed.host_rows(source, packing, geometry, config, n), rows)
+            batch = feed.host_rows(source, packing, geometry, config, n)
+            unreadable += sum(map(len, packing.step(n))) - int((batch.clip >= 0).sum())
+            batch = jax.device_put(batch, rows)
             # Not the keys that step n trains with.
             errors, weight = sums(params, batch, row_keys(config.seed + 1, np.int32(n), config.rows.count))
             total, tokens = total + np.asarray(errors, np.float64), tokens + float(weight)
         by_level = total / max(tokens, 1.0)
         levels = {f"heldout_loss/level_{i}": float(x) for i, x in enumerate(by_level)}
-        return {"heldout_loss": float(by_level.mean())} | levels
+        return {"heldout_loss": float(by_level.mean()), "heldout_unreadable": float(unreadable)} | levels
 
     return loss

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from typing import Any
 
 import numpy as np
 
+from vidgen.data.clip import BadClip
+from vidgen.data.packing import TOO_SMALL
 from vidgen.data.sources import Source
 from vidgen.geometry import Geometry
 
@@ -21,24 +25,43 @@ def still_psnr(video: np.ndarray) -> float:
     return psnr(video, np.broadcast_to(video.mean(axis=0), video.shape))
 
 
-def clips(source: Source, geometry: Geometry, count: int) -> list[tuple[str, str, np.ndarray]]:
-    """(name, caption, video) of the first `count` clips, cut to whole tokens as training cuts them: from the middle in
-    space, from the start in time.
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A clip that training saw: video [T,H,W,3] u8, cut to whole tokens, and what it is asked for by."""
+
+    name: str
+    prompt: str
+    video: np.ndarray
+    fps: float
+
+
+def clips(source: Source, geometry: Geometry, count: int) -> tuple[list[Wanted], dict[str, int]]:
+    """The first `count` clips, and reason → how many of them could not be used.
+
+    Cut to whole tokens from the middle in space, as training does, and from the start in time, where training cuts a
+    clip that has frames to spare at another place each pass.
     """
-    found = []
+    found, unused = [], Counter()
     for index in range(min(count, len(source.sizes))):
-        clip = source.read(index, 0)
+        try:
+            clip = source.read(index, 0)
+        except BadClip as e:
+            unused[str(e)] += 1
+            continue
         frames, height, width = geometry.fit(*clip.video.shape[:3])
+        if not frames * height * width:
+            unused[TOO_SMALL] += 1
+            continue
         y, x = (clip.video.shape[1] - height) // 2, (clip.video.shape[2] - width) // 2
         video = clip.video[:frames, y : y + height, x : x + width]
-        found.append((source.name(index), clip.caption, video))
-    return found
+        found.append(Wanted(source.name(index), clip.caption, video, clip.fps))
+    return found, dict(unused)
 
 
-def compare(name: str, prompt: str, video: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
+def compare(wanted: Wanted, drawn: np.ndarray) -> dict[str, Any]:
     """A row of the table: PSNR of the drawn clip, of the clip's mean frame, and how much better the first is."""
-    got, still = psnr(video, drawn), still_psnr(video)
-    return {"prompt": prompt, "clip": name, "psnr": got, "still_psnr": still, "gain": got - still}
+    got, still = psnr(wanted.video, drawn), still_psnr(wanted.video)
+    return {"prompt": wanted.prompt, "clip": wanted.name, "psnr": got, "still_psnr": still, "gain": got - still}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

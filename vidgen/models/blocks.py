@@ -53,7 +53,10 @@ class Block(nn.Module):
     def __call__(self, x_BxSxW, condition_BxNxW, level_BxS, segment_BxS, table, text) -> tuple[jax.Array, None]:
         """Returns (x, None), as `nn.scan` wants it. `text`: (values [B,L,E], segment [B,L]) or None."""
         width = x_BxSxW.shape[-1]
-        modulation = nn.Dense(6 * width, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="modulation")
+        # HIGHEST: modulation is float32 on every machine, not what a TPU or GPU makes of it by default.
+        modulation = nn.Dense(
+            6 * width, dtype=jnp.float32, precision="highest", kernel_init=nn.initializers.zeros, name="modulation"
+        )
         parts = jnp.split(pick(modulation(nn.silu(condition_BxNxW)), level_BxS), 6, axis=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
 

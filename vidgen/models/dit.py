@@ -46,9 +46,9 @@ class DiT(nn.Module):
     def setup(self):
         self.embed = nn.Dense(self.width, dtype=self.dtype)
         if self.absolute:
-            self.place = nn.Dense(self.width, dtype=jnp.float32)
-        self.level_in = nn.Dense(self.width, dtype=jnp.float32)
-        self.level_out = nn.Dense(self.width, dtype=jnp.float32)
+            self.place = nn.Dense(self.width, dtype=jnp.float32, precision="highest")
+        self.level_in = nn.Dense(self.width, dtype=jnp.float32, precision="highest")
+        self.level_out = nn.Dense(self.width, dtype=jnp.float32, precision="highest")
         block = nn.remat(Block, prevent_cse=False) if self.remat == "full" else Block
         self.blocks = nn.scan(
             block,
@@ -59,8 +59,8 @@ class DiT(nn.Module):
             unroll=self.unroll,
         )(self.heads, self.mlp_ratio, self.dtype)
         zeros = nn.initializers.zeros
-        self.final_modulation = nn.Dense(2 * self.width, dtype=jnp.float32, kernel_init=zeros)
-        self.head = nn.Dense(self.features, dtype=jnp.float32, kernel_init=zeros)
+        self.final_modulation = nn.Dense(2 * self.width, dtype=jnp.float32, precision="highest", kernel_init=zeros)
+        self.head = nn.Dense(self.features, dtype=jnp.float32, precision="highest", kernel_init=zeros)
 
     def encode_context(self, batch: TokenBatch) -> TokenBatch:
         """`batch` with its text ids turned into values, so that a sampler encodes a prompt once."""
@@ -72,6 +72,8 @@ class DiT(nn.Module):
     def __call__(self, noisy_BxSxP: jax.Array, levels_BxN: jax.Array, batch: TokenBatch) -> jax.Array:
         """Prediction [B,S,P] f32 for noisy tokens at the row's noise levels in [0, 1] (0 = clean)."""
         chex.assert_rank([noisy_BxSxP, levels_BxN, batch.segment, batch.coords], [3, 2, 2, 3])
+        if batch.cond is not None or batch.vectors is not None:
+            raise NotImplementedError("this model has no inputs for batch.cond and batch.vectors")
         text = self.encode_context(batch).context["text"] if "text" in batch.context else None
         condition = self.level_out(nn.silu(self.level_in(sinusoids(1000.0 * levels_BxN, 256))))
         table = rope_table(batch.coords, self.width // self.heads, self.rope_theta)

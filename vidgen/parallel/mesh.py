@@ -24,8 +24,8 @@ RULES = (
 )
 
 
-def make_mesh(c: ConfigDict, rows: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp) of `config.mesh` over `devices`, all of them unless given.
+def make_mesh(c: ConfigDict, rows: int, parts: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp) of `config.mesh` over `devices` (all, unless given), for rows in `parts` microbatches.
 
     Raises ConfigError naming the numbers that don't fit, and the nearest that would.
     """
@@ -37,9 +37,11 @@ def make_mesh(c: ConfigDict, rows: int, devices: Sequence[jax.Device] | None = N
     data = len(devices) // fsdp if c.data == -1 else c.data
     if data * fsdp != len(devices):
         raise ConfigError(f"config.mesh: data={data} x fsdp={fsdp} is not the {len(devices)} devices there are")
-    if rows % len(devices):
-        nearest = max(len(devices), round(rows / len(devices)) * len(devices))
-        raise ConfigError(f"config.rows.count={rows} does not divide over {len(devices)} devices; nearest: {nearest}")
+    unit = len(devices) * parts
+    if rows % unit:
+        over = f"{len(devices)} devices" + (f" in {parts} parts (config.optimizer.accumulate)" if parts > 1 else "")
+        nearest = max(unit, round(rows / unit) * unit)
+        raise ConfigError(f"config.rows.count={rows} does not divide over {over}; nearest: {nearest}")
     return Mesh(np.asarray(devices).reshape(data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 

@@ -12,7 +12,7 @@ class StepFlops:
     """FLOPs of one training step: forward and twice that backward, recomputation apart.
 
     Attributes:
-      matmul: of all matrix products with weights.
+      matmul: of all matrix products with weights, of whole rows, padding included.
       attention_useful: of scores and values between tokens of one clip, and between a clip and its caption.
       attention_executed: of those that are computed: whole rows, since masked scores are computed too.
     """
@@ -42,11 +42,10 @@ def step_flops(config: ConfigDict, features: int, squares: float, text_squares: 
 
     block = tokens * (2 * 4 * width**2 + 2 * 2 * width**2 + 2 * 2 * ratio * width**2)  # self, cross (q, out), MLP
     block += texts * 2 * 2 * t.width * width + levels * 2 * 6 * width**2  # cross (k, v), modulation
-    pick = 2 * tokens * (r.segments + 1) * width  # a one-hot product a modulation vector
-    ends = tokens * 2 * 2 * features * width + levels * 2 * (256 + 3 * width) * width + 2 * pick
+    ends = tokens * 2 * 2 * features * width + levels * 2 * (256 + 3 * width) * width
     ends += tokens * 2 * 3 * 64 * width if m.absolute else 0
     text = texts * t.layers * (2 * 4 + 2 * 2 * 4) * t.width**2
-    forward = m.layers * (block + 6 * pick) + ends + text
+    forward = m.layers * block + ends + text
 
     useful = 4 * (m.layers * width * (squares + crossed) + t.layers * t.width * text_squares)
     executed = 4 * r.count * (m.layers * width * r.tokens * (r.tokens + r.text) + t.layers * t.width * r.text**2)

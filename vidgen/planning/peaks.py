@@ -14,6 +14,7 @@ BF16_PEAK = {
     "v5p": 459e12,
     "v5 lite": 197e12,
     "v5e": 197e12,
+    "v5": 459e12,  # how JAX names a v5p
     "v4": 275e12,
     "v3": 61.5e12,
     "v2": 23e12,
@@ -29,15 +30,15 @@ def peak_flops(device: jax.Device) -> tuple[float, str]:
     for part, peak in BF16_PEAK.items():
         if part in kind:
             return peak, f"data sheet of {device.device_kind}, bf16"
-    return _measured(device) / _sharing(
-        device
-    ), f"measured on {device.device_kind}: f32 product of 1024 x 1024 matrices"
+    n, dtype = (1024, jnp.float32) if device.platform == "cpu" else (8192, jnp.bfloat16)
+    origin = f"measured on {device.device_kind}: product of {n} x {n} matrices, {jnp.dtype(dtype).name}"
+    # Virtual CPU devices share the cores that the measurement has for itself.
+    return _measured(device, n, dtype) / (jax.local_device_count() if device.platform == "cpu" else 1), origin
 
 
-def _measured(device: jax.Device) -> float:
+def _measured(device: jax.Device, n: int, dtype: jnp.dtype) -> float:
     """The best rate of ten matrix products."""
-    n = 1024
-    a = jax.device_put(jnp.ones((n, n)), device)
+    a = jax.device_put(jnp.ones((n, n), dtype), device)
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()
     best = float("inf")
@@ -46,8 +47,3 @@ def _measured(device: jax.Device) -> float:
         product(a).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
-
-
-def _sharing(device: jax.Device) -> int:
-    """Virtual CPU devices share the cores that the measurement had for itself."""
-    return jax.local_device_count() if device.platform == "cpu" else 1

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from vidgen.data.text import VOCAB
 from vidgen.models.attention import Attention, Dtype, check_heads, dtype_of
 from vidgen.models.blocks import Mlp
 from vidgen.models.rope import rope_table
-
-VOCAB = 258
 
 
 def ngram_hashes(ids_BxL: jax.Array, segment_BxL: jax.Array, n: int, buckets: int) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
@@ -86,10 +87,8 @@ def haar(values: jax.Array, stride: Grid, inverse: bool = False) -> jax.Array:
     return x.reshape(*lead, features)
 
 
-def haar_matrix(size: int):
+def haar_matrix(size: int) -> np.ndarray:
     """The orthonormal Haar analysis matrix, [size, size] f32, rows from coarse to fine; size a power of two."""
-    import numpy as np
-
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         coarse = np.kron(matrix, [1.0, 1.0])

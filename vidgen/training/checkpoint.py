@@ -25,9 +25,10 @@ class Checkpoints:
     more than it needs, and a few facts as JSON.
     """
 
-    def __init__(self, workdir: str, keep: int = 2):
+    def __init__(self, workdir: str, keep: int = 2, read_only: bool = False):
+        """Opens, and makes where missing, the folder of checkpoints, of which the newest `keep` are kept."""
         logging.getLogger("absl").addFilter(_told_elsewhere)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
         names = ("state", "ema", "facts")
         self._directory = os.path.join(os.path.abspath(workdir), FOLDER)
         try:
@@ -61,19 +62,26 @@ class Checkpoints:
 
     def facts(self, step: int) -> dict[str, Any]:
         """What `save` was given beside the state."""
-        return self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+        return self._restored(step, facts=ocp.args.JsonRestore())["facts"]
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of `step`; `like` holds ShapeDtypeStructs with the shardings to restore into."""
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(_without_ema(like)), ema=ocp.args.StandardRestore(like.ema)
-        )
-        items = self._manager.restore(step, args=args)
+        state, ema = ocp.args.StandardRestore(_without_ema(like)), ocp.args.StandardRestore(like.ema)
+        items = self._restored(step, state=state, ema=ema)
         return TrainState(**items["state"], ema=items["ema"])
 
     def restore_ema(self, step: int, like: Any) -> Any:
         """The moving average of `step` alone."""
-        return self._manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(like)))["ema"]
+        return self._restored(step, ema=ocp.args.StandardRestore(like))["ema"]
+
+    def _restored(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (OSError, ValueError, KeyError) as e:  # what a damaged file raises depends on the file
+            older = [s for s in self.steps if s < step]
+            way = f"delete it to go on from step {older[-1]}" if older else "no older one is left"
+            text = " ".join(str(e).split())[:200]
+            raise ConfigError(f"{self._directory}/{step}: the checkpoint cannot be read ({text}); {way}") from e
 
     def check(self) -> None:
         """Raises ConfigError if a save under way has failed; returns at once."""
@@ -107,21 +115,20 @@ def _without_ema(state: TrainState) -> dict[str, Any]:
     return {name: value for name, value in vars(state).items() if name != "ema"}
 
 
-def write_config(workdir: str, config: ConfigDict) -> None:
-    """Writes WORKDIR/config.json; raises ConfigError if the workdir can't be written or holds another run.
+def write_config(workdir: str, config: ConfigDict) -> list[str]:
+    """Writes WORKDIR/config.json; returns the keys in which it differs from the one that was there.
 
     Settings that only say how long, how often and where may change between a run and its continuation; all others
-    decide what is trained, and another value is refused.
+    decide what is trained, and another value is refused. Raises ConfigError then, and if the workdir can't be written.
     """
     path = os.path.join(workdir, "config.json")
-    if os.path.exists(path):
-        differing = [k for k in configs.difference(read_config(workdir), config) if not k.startswith(MAY_CHANGE)]
-        if differing:
-            raise ConfigError(
-                f"{workdir} holds a run of another config: it differs in {', '.join(differing[:5])}"
-                f"{f' and {len(differing) - 5} more' if len(differing) > 5 else ''}; "
-                "take another --workdir, or the settings of its config.json"
-            )
+    changed = configs.difference(read_config(workdir), config) if os.path.exists(path) else []
+    if differing := [key for key in changed if not key.startswith(MAY_CHANGE)]:
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise ConfigError(
+            f"{workdir} holds a run of another config: it differs in {', '.join(differing[:5])}{more}; "
+            "take another --workdir, or the settings of its config.json"
+        )
     try:
         os.makedirs(workdir, exist_ok=True)
         with open(path + ".tmp", "w", encoding="utf-8") as f:
@@ -129,9 +136,20 @@ def write_config(workdir: str, config: ConfigDict) -> None:
         os.replace(path + ".tmp", path)
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that can be written") from None
+    return changed
 
 
-MAY_CHANGE = ("train.", "mesh.", "sample.", "data.threads", "data.prefetch", "model.remat", "model.unroll")
+# Settings that don't decide what is trained; that the clips are the same is checked by their fingerprint.
+MAY_CHANGE = (
+    "train.",
+    "mesh.",
+    "sample.",
+    "data.source",
+    "data.threads",
+    "data.prefetch",
+    "model.remat",
+    "model.unroll",
+)
 
 
 def read_config(workdir: str) -> ConfigDict:

@@ -14,6 +14,7 @@ import numpy as np
 from vidgen.config import ConfigError
 from vidgen.data.feed import FeedInfo
 
+STUCK = 50  # updates skipped in a row: more are no outliers
 PATIENCE = 10  # unreadable clips: fewer are no share to judge by
 
 
@@ -59,6 +60,7 @@ class Meter:
         self._bad: Counter[str] = Counter()
         self._clips = 0.0
         self._n, self._last = 0, {}
+        self._skipped, self._stuck = 2**31, 0  # what an earlier attempt skipped is not known yet
         self._warm = False
         self._begin()
 
@@ -81,7 +83,7 @@ class Meter:
             )
 
     def done(self, n: int, metrics: dict[str, jax.Array]) -> None:
-        """Step n is done, or will be when this returns."""
+        """Step n is done, or will be when this returns. Raises ConfigError if no step updates anything any more."""
         self._n, self._last = n, {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.tokens_seen += self._last["tokens"]
         losses = [*self._losses, self._last["loss"]]
@@ -92,6 +94,14 @@ class Meter:
             self._steps += 1
             self._tokens += self._last["tokens"]
         self._losses = losses
+        skipped = int(self._last["skipped"])
+        self._stuck = self._stuck + 1 if skipped > self._skipped else 0
+        self._skipped = skipped
+        if self._stuck >= STUCK:
+            raise ConfigError(
+                f"the last {STUCK} updates were skipped, at step {n} for a gradient norm of "
+                f"{self._last['grad_norm']:.3g}; try a smaller config.optimizer.lr and config.optimizer.muon_lr"
+            )
 
     def aside(self, seconds: float) -> None:
         """So much time went to something else than steps."""
@@ -103,7 +113,7 @@ class Meter:
         values = {
             "loss": float(np.mean(self._losses)),
             "grad_norm": self._last["grad_norm"],
-            "lr": float(self._lr(self._n - 1)),
+            "lr": float(self._lr(self._n - 1 - self._skipped)),
             "tokens_seen": self.tokens_seen,
             "skipped_steps": self._last["skipped"],
             "unreadable_clips": float(self._bad.total()),

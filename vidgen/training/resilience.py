@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
+
+from vidgen.config import ConfigError
 
 
 class StopSignal:
@@ -27,6 +33,8 @@ class StopSignal:
             self._restore()
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+        # Not print, which the signal may have interrupted.
+        os.write(2, f"\n{self.name}: stopping after this step and saving; once more to stop at once\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -40,3 +48,18 @@ class StopSignal:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+
+
+@contextlib.contextmanager
+def only_one(workdir: str) -> Iterator[None]:
+    """Holds WORKDIR/lock while inside; raises ConfigError if another process does."""
+    path = os.path.join(workdir, "lock")
+    try:
+        with open(path, "w", encoding="ascii") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{workdir}: another vidgen train is at work there; wait for it or stop it") from None
+            yield
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that can be written") from None

@@ -28,7 +28,10 @@ def microbatches(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), tree)
 
 
-def make_step(loss_sum: LossSum, weight: Weight, optimizer: optax.GradientTransformation, config: ConfigDict):
+Step = Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_step(loss_sum: LossSum, weight: Weight, optimizer: optax.GradientTransformation, config: ConfigDict) -> Step:
     """(state, batch) → (state, metrics), to be jitted with the state donated.
 
     The loss is the sum of errors over the trained tokens of the whole global batch, over devices and microbatches.
@@ -69,7 +72,9 @@ def make_step(loss_sum: LossSum, weight: Weight, optimizer: optax.GradientTransf
             return params, ema, opt_state, mean
 
         def leave():
-            return state.params, state.ema, state.opt_state, state.grad_norm
+            # What lasts is no outlier: the mean follows, a little at a time.
+            seen = jnp.where(jnp.isfinite(norm), jnp.minimum(norm, c.outlier * state.grad_norm), state.grad_norm)
+            return state.params, state.ema, state.opt_state, 0.95 * state.grad_norm + 0.05 * seen
 
         params, ema, opt_state, mean = jax.lax.cond(good, take, leave)
         skipped = state.skipped + (1 - good.astype(jnp.int32))
