@@ -114,7 +114,7 @@ _WORKDIR = Flag("workdir", str, "Directory of the run.", required=True)
 VERBS = {
     "train": Verb(
         _train,
-        "Trains, or goes on from the newest checkpoint of the workdir. Ctrl-C or SIGTERM saves and stops (status 130, 143).",
+        "Trains, or goes on from the newest checkpoint of the workdir. Ctrl-C and SIGTERM save first.",
         (
             Flag("config", str, "Python file with get_config(arg) -> ConfigDict: FILE or FILE:arg.", required=True),
             _WORKDIR,

@@ -73,7 +73,7 @@ def run(config: ConfigDict, workdir: str) -> Result:
     packing = Packing(source.sizes, geometry, config.rows, config.seed)
     heldout = heldout_loss(config, generator, rows) if config.train.eval_every else None
     if config.train.sample_every and not config.sample.prompts:
-        config.sample.prompts = tuple(sample.heldout_captions(config, 8))
+        config.sample.prompts = tuple(sample.heldout_captions(config, 6))
 
     changed = write_config(workdir, config)
     with contextlib.ExitStack() as stack:
@@ -192,12 +192,12 @@ def begin(
 def draw_samples(
     config: ConfigDict, generator: Generator, params: Any, n: int, workdir: str, writer: MetricWriter
 ) -> None:
-    """Samples of `sample.prompts` into WORKDIR/samples/<step>/ and TensorBoard."""
-    prompts = list(config.sample.prompts)
-    videos = sample.draw(config, generator, params, prompts, seeds=(0,))
-    shown = media.grid(videos, columns=min(4, len(videos)), scale=sample.scale_for(config.sample.width))
+    """Samples of `sample.prompts`, a row each, into WORKDIR/samples/<step>/ and TensorBoard."""
+    prompts, seeds = list(config.sample.prompts), range(4)
+    videos = sample.draw(config, generator, params, prompts, seeds=seeds)
+    shown = media.grid(videos, columns=len(seeds), scale=sample.scale_for(config.sample.width))
     folder = os.path.join(workdir, "samples", f"{n:08d}")
-    about = config.sample.to_dict() | {"prompts": prompts, "seeds": [0], "step": n}
+    about = config.sample.to_dict() | {"prompts": prompts, "seeds": list(seeds), "step": n}
     sample.write_grid(os.path.join(folder, "grid"), shown, config.sample.fps, f"{folder}/prompts.json", about)
     writer.videos(n, {"samples": shown}, config.sample.fps)
 

@@ -23,7 +23,8 @@ LEVELS = 8
 def heldout_loss(config: ConfigDict, generator: Generator, rows: NamedSharding) -> Callable[[Any], dict[str, float]]:
     """params → {"heldout_loss", "heldout_loss/level_0" … "level_7"}.
 
-    The same rows of clips (`train.eval_rows`, rounded up to whole steps), the same noise and the same levels every time: the middles of eighths of the levels trained on, from little noise to much. `heldout_loss` is their mean.
+    The same rows of clips (`train.eval_rows`, rounded up to whole steps), noise and levels every time: the middles of
+    eighths of the levels trained on, from little noise to much. `heldout_loss` is their mean.
     "heldout_unreadable" counts clips that stayed out because they could not be read.
     """
     source = open_source(config.data, "heldout")

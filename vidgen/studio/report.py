@@ -131,7 +131,9 @@ def _judgements(workdir: str) -> list[Judgement]:
         results = results if isinstance(results, dict) else {"unreadable": f"{stem}.json: expected a JSON object"}
         step = results.get("step", step)
         judgements.append(Judgement(suite, int(step) if str(step).isdigit() else None, results))
-    return sorted(judgements, key=lambda j: (j.suite, j.step is None, j.step or 0))
+    # The newest stands in both of its files; "-" sorts before ".", so <suite>.json is the one that stays.
+    unique = {(j.suite, j.step): j for j in judgements}.values()
+    return sorted(unique, key=lambda j: (j.suite, j.step is None, j.step or 0))
 
 
 def _newest(judgements: Sequence[Judgement]) -> dict[str, Judgement]:
