@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.rows.tokens = 192
     c.rows.segments = 4
     c.rows.text = 168
-    c.rows.caption = 42
+    c.rows.caption = 128  # longer than any caption here, so that prompts may be
 
     c.tokenizer.name = "patch"
     c.tokenizer.stride = (4, 8, 8)
@@ -52,7 +52,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.train.steps = 1000
     c.train.log_every = 20
-    c.train.checkpoint_every = 500
+    c.train.checkpoint_every = 250
+    c.train.keep = 4
     c.train.eval_every = 250
     c.train.eval_rows = 16
     c.train.sample_every = 250
