@@ -50,10 +50,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.lr = 2e-3
     c.optimizer.ema = 0.99
 
-    c.train.steps = 1500
+    c.train.steps = 800
     c.train.log_every = 20
-    c.train.checkpoint_every = 500
-    c.train.sample_every = 500
+    c.train.checkpoint_every = 400
+    c.train.sample_every = 400
 
     c.sample.frames = 17
     c.sample.height = 32
