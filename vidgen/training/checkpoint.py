@@ -107,8 +107,10 @@ class Checkpoints:
 
 
 def _told_elsewhere(record: logging.LogRecord) -> bool:
-    """Keeps Orbax's threads from printing the traceback of an error that `Checkpoints` raises in one line."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    """False for what Orbax need not print: tracebacks of errors that `Checkpoints` raises in one line, and that a
+    sampler opens the folder for reading.
+    """
+    return not ("orbax" in record.pathname and (record.exc_info or "is read only" in record.getMessage()))
 
 
 def _without_ema(state: TrainState) -> dict[str, Any]:
