@@ -117,12 +117,12 @@ def run(config: ConfigDict, workdir: str) -> Result:
             profiler.before(n)
             batch, info = next(batches)
             state, metrics = step(state, batch)
-            profiler.after(n, metrics)
             meter.fed(info)
             # One step late: the device has step n to do while the host waits for the numbers of n - 1.
             if late:
                 finish(*late, {})
             late = (n, metrics)
+            profiler.after(n, metrics)
 
             # The next step takes over the state's memory, so what looks at the state does it now.
             stopping = stop.requested

@@ -28,7 +28,10 @@ class Checkpoints:
     def __init__(self, workdir: str, keep: int = 2, read_only: bool = False):
         """Opens, and makes where missing, the folder of checkpoints, of which the newest `keep` are kept."""
         logging.getLogger("absl").addFilter(_told_elsewhere)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+        else:
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         names = ("state", "ema", "facts")
         self._directory = os.path.join(os.path.abspath(workdir), FOLDER)
         try:
