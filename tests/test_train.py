@@ -47,7 +47,11 @@ def straight(tmp_path_factory):
     """A run of six steps in one go, with everything on."""
     workdir = tmp_path_factory.mktemp("straight")
     c = config(eval_every=3, eval_rows=4, sample_every=6)
-    return workdir, train.run(c, str(workdir))
+    result = train.run(c, str(workdir))
+    assert (
+        configs.difference(c, config(eval_every=3, eval_rows=4, sample_every=6)) == []
+    )  # a run changes no one's config
+    return workdir, result
 
 
 def test_a_run_leaves_what_it_says(straight):

@@ -60,10 +60,10 @@ def run(config: ConfigDict, workdir: str) -> Result:
 
     Raises ConfigError for anything that the user can mend.
     """
-    config = ConfigDict(config)
-    if os.path.isdir(config.data.source):
-        config.data.source = os.path.abspath(config.data.source)  # the workdir is to be of use from anywhere
     check(config)
+    # A copy, with an absolute path: the workdir is to be of use from anywhere.
+    source = config.data.source
+    config = configs.override(config, {"data.source": os.path.abspath(source)} if os.path.isdir(source) else {})
     mesh = make_mesh(config.mesh, config.rows.count, config.optimizer.accumulate)
     rows = NamedSharding(mesh, ROWS)
     generator = generators.from_config(config)
@@ -75,9 +75,9 @@ def run(config: ConfigDict, workdir: str) -> Result:
     if config.train.sample_every and not config.sample.prompts:
         config.sample.prompts = tuple(sample.heldout_captions(config, 6))
 
-    changed = write_config(workdir, config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_one(workdir))
+        changed = write_config(workdir, config)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.train.keep)))
         state, shardings, facts = begin(config, generator, optimizer, source, checkpoints, mesh)
         start = int(state.step)

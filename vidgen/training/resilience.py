@@ -52,14 +52,16 @@ class StopSignal:
 
 @contextlib.contextmanager
 def only_one(workdir: str) -> Iterator[None]:
-    """Holds WORKDIR/lock while inside; raises ConfigError if another process does."""
+    """Makes the workdir and holds WORKDIR/lock while inside; raises ConfigError if another process does."""
     path = os.path.join(workdir, "lock")
     try:
-        with open(path, "w", encoding="ascii") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"{workdir}: another vidgen train is at work there; wait for it or stop it") from None
-            yield
+        os.makedirs(workdir, exist_ok=True)
+        lock = open(path, "w", encoding="ascii")  # noqa: SIM115 - closed below
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that can be written") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{workdir}: another vidgen train is at work there; wait for it or stop it") from None
+        yield
