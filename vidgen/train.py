@@ -33,7 +33,7 @@ from vidgen.training import optimizers
 from vidgen.training import state as states
 from vidgen.training.checkpoint import Checkpoints, abstract, write_config
 from vidgen.training.meter import Meter
-from vidgen.training.metrics import MetricWriter, Progress
+from vidgen.training.metrics import MetricWriter, Progress, si
 from vidgen.training.profiler import Profiler
 from vidgen.training.resilience import StopSignal, only_one
 from vidgen.training.state import TrainState
@@ -245,8 +245,8 @@ def _introduce(
     progress.say(f"{parameters / 1e6:.1f} M parameters on {facts['devices']}, jax {jax.__version__}, {facts['mesh']}")
     progress.say(f"{len(source.sizes)} clips, {packing.steps_per_epoch} steps a pass: {stats}")
     progress.say(
-        f"{flops.useful / 1e9:.3g} GFLOP a step (attention {flops.attention_useful / 1e9:.3g} useful, "
-        f"{flops.attention_executed / 1e9:.3g} executed); MFU is against {facts['peak']}"
+        f"{si(flops.useful)}FLOP a step (attention: {si(flops.attention_useful)}FLOP useful, "
+        f"{si(flops.attention_executed)}FLOP executed); MFU is against {facts['peak']}"
     )
     if config.train.eval_every and config.data.source != "moving_shapes" and not config.data.holdout:
         progress.say("config.data.holdout is 0: the held-out loss is of clips that are trained on")
