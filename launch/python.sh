@@ -1,5 +1,5 @@
-# Finds a Python that can run vidgen and keeps the clone's .venv. Sourced by the scripts beside it, which are run
-# with `set -euo pipefail` from the root of the clone.
+# What the scripts beside it share: the arguments, a Python that can run vidgen, and the clone's .venv. Sourced by them
+# with `set -euo pipefail`; `make_venv` is called from the root of the clone.
 #
 #   PYTHON=…   the Python to take; without it the newest that fits.
 
@@ -7,6 +7,21 @@
 fitting_versions="3.13 3.12 3.11"
 
 say() { printf '%s\n' "$*" >&2; }
+
+# workdir_of DEFAULT [WORKDIR]: prints WORKDIR from where the script was called, or DEFAULT in the clone, as a whole path.
+workdir_of() {
+    local clone
+    if [ $# -gt 2 ] || [ "${2:-}" = --help ] || [ "${2:-}" = -h ]; then
+        say "usage: bash launch/$(basename "$0") [WORKDIR]"
+        return 2
+    fi
+    clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    case ${2:-} in
+        "") printf '%s\n' "$clone/$1" ;;
+        /*) printf '%s\n' "$2" ;;
+        *) printf '%s\n' "$PWD/$2" ;;
+    esac
+}
 
 # Prints the version (3.12) of the Python $1; fails where it doesn't run, is out of range or can't make a venv.
 # It has to be run to know: version managers leave shims behind for Pythons that aren't there.

@@ -4,16 +4,9 @@
 #
 #   bash launch/quickstart.sh [WORKDIR]     default: runs/quickstart in the clone
 set -euo pipefail
-if [ $# -gt 1 ] || [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
-    printf 'usage: bash launch/quickstart.sh [WORKDIR]\n' >&2
-    exit 2
-fi
-here=$(pwd)
+. "$(dirname "${BASH_SOURCE[0]}")/python.sh"
+workdir=$(workdir_of runs/quickstart "$@")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. launch/python.sh
-
-workdir=${1:-$PWD/runs/quickstart}
-case $workdir in /*) ;; *) workdir=$here/$workdir ;; esac
 vidgen=.venv/bin/vidgen
 
 make_venv

@@ -4,16 +4,9 @@
 #
 #   bash launch/real_clips.sh [WORKDIR]     default: runs/real in the clone
 set -euo pipefail
-if [ $# -gt 1 ] || [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
-    printf 'usage: bash launch/real_clips.sh [WORKDIR]\n' >&2
-    exit 2
-fi
-here=$(pwd)
+. "$(dirname "${BASH_SOURCE[0]}")/python.sh"
+workdir=$(workdir_of runs/real "$@")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. launch/python.sh
-
-workdir=${1:-$PWD/runs/real}
-case $workdir in /*) ;; *) workdir=$here/$workdir ;; esac
 vidgen=.venv/bin/vidgen
 
 make_venv samples

@@ -36,9 +36,7 @@ def run(
 
     Returns what SUITE.json holds. Raises ConfigError.
     """
-    config, generator, params, step = sample.load(workdir, step)
-    suite = suite or ("moving_shapes" if config.data.source == "moving_shapes" else "memorised")
-    if suite not in SUITES:
+    if suite and suite not in SUITES:
         near = difflib.get_close_matches(suite, SUITES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"unknown suite {suite!r}: known are {', '.join(SUITES)}{hint}")
@@ -46,6 +44,8 @@ def run(
         raise ConfigError(f"--prompts={prompts}: expected at least 1")
     if seed < 0:
         raise ConfigError(f"--seed={seed}: expected 0 or more")
+    config, generator, params, step = sample.load(workdir, step)
+    suite = suite or ("moving_shapes" if config.data.source == "moving_shapes" else "memorised")
     sample.override(config, settings)
     results, videos = SUITES[suite](config, generator, params, prompts, seed)
     results = {"suite": suite, "step": step, **results, "sample": config.sample.to_dict()}

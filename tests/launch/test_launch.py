@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 HELPER = ROOT / "launch" / "python.sh"
-SCRIPTS = ["launch/python.sh", "launch/test.sh", "launch/quickstart.sh", ".ci/run"]
+SCRIPTS = ["launch/python.sh", "launch/test.sh", "launch/quickstart.sh", "launch/real_clips.sh", ".ci/run"]
 TOOLS = ("bash", "cat", "cksum", "rm", "printf", "mkdir", "dirname")
 
 
@@ -197,5 +197,6 @@ def test_quickstart_runs_the_verbs_in_the_callers_workdir(bin, clone, tmp_path):
 
 
 def test_quickstart_refuses_what_it_does_not_know():
-    done = subprocess.run(["bash", str(ROOT / "launch/quickstart.sh"), "a", "b"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "usage: bash launch/quickstart.sh [WORKDIR]\n"
+    for script in ("launch/quickstart.sh", "launch/real_clips.sh"):
+        done = subprocess.run(["bash", str(ROOT / script), "a", "b"], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr == f"usage: bash {script} [WORKDIR]\n"

@@ -1,4 +1,4 @@
-"""Grids, filmstrips and files of clips."""
+"""Grids and files of clips."""
 
 import os
 
@@ -51,13 +51,6 @@ def test_grid_of_nothing_is_an_error():
         media.grid([])
     with pytest.raises(ValueError, match="at least one clip"):
         media.grid([[], []])
-
-
-def test_filmstrip_spans_first_to_last_frame():
-    strip = media.filmstrip(clip(50, frames=9), 3, pad=0)
-    assert strip.shape == (4, 18, 3)
-    assert strip[0, ::6, 0].tolist() == [50, 54, 58]
-    assert media.filmstrip(clip(50, frames=2), 8, pad=0).shape == (4, 12, 3)
 
 
 @pytest.mark.parametrize("name", ["deep/down/a.mp4", "a.GIF"])

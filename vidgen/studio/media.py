@@ -68,21 +68,6 @@ def enlarge(video: np.ndarray, scale: int) -> np.ndarray:
     return video.repeat(scale, axis=-3).repeat(scale, axis=-2)
 
 
-def filmstrip(video: np.ndarray, frames: int, pad: int = 1) -> np.ndarray:
-    """Frames of a clip side by side, evenly spread from the first to the last.
-
-    Args:
-      video: [T,H,W,3] u8.
-      frames: how many; all of them where the clip has fewer.
-      pad: pixels between them and around.
-
-    Returns:
-      [H + 2·pad, …, 3] u8.
-    """
-    chosen = np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)
-    return grid([[video[i : i + 1] for i in chosen]], pad=pad)[0]
-
-
 def save_video(path: str, video: np.ndarray, fps: float) -> None:
     """Writes a clip, [T,H,W,3] u8, as its suffix says: .mp4, .gif, or .png for a clip of one frame.
 

@@ -17,6 +17,18 @@ from vidgen.training.state import TrainState
 
 FOLDER = "checkpoints"
 
+# Settings that don't decide what is trained; that the clips are the same is checked by their fingerprint.
+MAY_CHANGE = (
+    "train.",
+    "mesh.",
+    "sample.",
+    "data.source",
+    "data.threads",
+    "data.prefetch",
+    "model.remat",
+    "model.unroll",
+)
+
 
 class Checkpoints:
     """The checkpoints of a workdir: `WORKDIR/checkpoints/<step>/`.
@@ -142,19 +154,6 @@ def write_config(workdir: str, config: ConfigDict) -> list[str]:
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that can be written") from None
     return changed
-
-
-# Settings that don't decide what is trained; that the clips are the same is checked by their fingerprint.
-MAY_CHANGE = (
-    "train.",
-    "mesh.",
-    "sample.",
-    "data.source",
-    "data.threads",
-    "data.prefetch",
-    "model.remat",
-    "model.unroll",
-)
 
 
 def read_config(workdir: str) -> ConfigDict:
