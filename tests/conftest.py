@@ -1,6 +1,10 @@
 """Four virtual CPU devices for every test, and a config small enough to compile in seconds."""
 
+import os
 import tempfile
+
+# libtpu is installed, to compile for TPUs, and would look for some.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest

@@ -72,9 +72,15 @@ def base() -> ConfigDict:
     model.mlp_ratio = 4.0
     model.rope_theta = 100.0  # of the 3D rotary embedding; coordinates are small numbers
     model.absolute = True  # tokens also know where they are, not just how far from each other
+    model.shared_modulation = False  # one modulation layer for all blocks (adaLN-single) instead of one each
+    model.text_mlp = False  # text goes through two matrices to the model's width before blocks attend to it
     model.time_in_seconds = False  # t coordinates in seconds × 8 instead of latent frames
-    model.remat = "full"  # none | full: which activations of a block the backward pass computes again
+    model.remat = "full"  # what the backward pass computes again: see vidgen/models/remat.py
+    model.residual = "float32"  # dtype of what a block hands to the next: float32 | bfloat16, at half the memory
     model.unroll = 1  # layers unrolled in the scan; all of them is faster on a CPU, one compiles fastest
+    model.attention = "auto"  # kernel: auto (what the device does best) | dense | blockwise | splash | cudnn
+    model.window = ()  # (t, y, x) in tokens: attention within 3D windows, every other layer's moved by half a window
+    model.full_every = 4  # with windows: every so-many-th layer attends to the whole clip; 0: none does
 
     c.objective = objective = ConfigDict()
     objective.prediction = "clean"  # what the network puts out: clean | velocity | noise | v
@@ -105,6 +111,14 @@ def base() -> ConfigDict:
     c.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices that share the rows and hold all weights; -1: all that are left
     mesh.fsdp = 1  # devices that share the rows and the weights
+    mesh.context = 1  # devices that share the tokens of a row, and the weights
+    mesh.tensor = 1  # devices that share the heads and the hidden width of a layer
+    mesh.slices = 1  # slices or pods joined by a data-centre network; the data axis runs over them
+    mesh.rules = "default"  # which weights lie where: a table of vidgen/parallel/rules.py
+    mesh.override = ()  # more rules, before the table's: ((path regex, (axis or None, …)), …)
+    mesh.attention = "auto"  # over the context axis: auto | gather | ring | ulysses | ulysses+gather | ulysses+ring
+    mesh.compiler_options = "table"  # what XLA is told for the chip, in vidgen/planning/hardware.py; none: its defaults
+    mesh.ulysses = 0  # devices that exchange heads for tokens inside ulysses+…; 0: as many as the heads allow
 
     c.train = train = ConfigDict()
     train.steps = 10_000

@@ -9,7 +9,7 @@ from vidgen.batch import TokenBatch
 from vidgen.config import ConfigError
 from vidgen.data.text import encode_text
 from vidgen.models import dit
-from vidgen.models.attention import attend
+from vidgen.models.attend import Attending, attend
 from vidgen.text import encoder
 
 P = 12
@@ -129,7 +129,7 @@ def test_attention_is_softmax_within_segments():
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(3, 1, 2, 6, 4)).astype(np.float32)
     segment = np.array([[1, 1, 2, 2, 2, 0]], np.int32)
-    out = attend(*map(jnp.asarray, (q, k, v, segment, segment)))
+    out = attend(*map(jnp.asarray, (q, k, v, segment, segment)), Attending())
     for s in range(5):
         same = segment[0] == segment[0, s]
         scores = np.exp(q[0, :, s] @ k[0, :, same].transpose(1, 2, 0) / 2)[np.arange(2), np.arange(2)]
@@ -143,7 +143,7 @@ def test_attention_is_softmax_within_segments():
     ("change", "says"),
     [
         ({"heads": 5}, "config.model.heads=5.*nearest: 4"),
-        ({"remat": "some"}, "known are none, full"),
+        ({"remat": "some"}, "neither a preset"),
     ],
 )
 def test_bad_settings(tiny, change, says):

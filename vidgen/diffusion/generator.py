@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vidgen.batch import TokenBatch
@@ -15,7 +16,9 @@ from vidgen.diffusion import path
 from vidgen.diffusion.guidance import guided
 from vidgen.diffusion.solvers import integrate
 from vidgen.diffusion.timesteps import sampling_times
-from vidgen.models import dit
+from vidgen.models import attend, dit
+from vidgen.models.linear import Layout
+from vidgen.parallel.rules import rules_of
 from vidgen.text import encoder
 from vidgen.tokenizers import base as tokenizers
 
@@ -30,7 +33,13 @@ class Generator:
     def init(self, key: jax.Array, batch: TokenBatch) -> Any:
         """Parameters, float32; `batch` gives the shapes only: `example(config)`."""
         noisy = jnp.zeros((*batch.segment.shape, self.tokenizer.geometry.features))
-        return self.denoiser.init(key, noisy, jnp.zeros((1, 2)), batch)["params"]
+        return self.on_one_device().denoiser.init(key, noisy, jnp.zeros((1, 2)), batch)["params"]
+
+    def on_one_device(self) -> Generator:
+        """The same, with the same parameters, for batches that do not divide over the mesh; attention as on a CPU."""
+        text = self.denoiser.text and self.denoiser.text.clone(layout=None)
+        denoiser = self.denoiser.clone(layout=None, how=attend.Attending(), text=text)
+        return dataclasses.replace(self, denoiser=denoiser)
 
     def predict(self, params: Any, noisy_BxSxP: jax.Array, levels_BxN: jax.Array, batch: TokenBatch) -> jax.Array:
         """What the denoiser puts out, [B,S,P] f32."""
@@ -41,11 +50,22 @@ class Generator:
         return self.denoiser.apply({"params": params}, batch, method="encode_context")
 
 
-def from_config(config: ConfigDict) -> Generator:
-    """The generator of a config; raises ConfigError."""
+def from_config(config: ConfigDict, mesh: Mesh | None = None, platform: str | None = None) -> Generator:
+    """The generator of a config; raises ConfigError.
+
+    Args:
+      mesh: over which its layers spread their work; None: written for one device, though the compiler may spread it.
+      platform: cpu, tpu or gpu, for which attention picks its kernel; the mesh's or the default device's unless given.
+    """
     tokenizer = tokenizers.from_config(config.tokenizer)
-    text = encoder.from_config(config)
-    return Generator(tokenizer, dit.from_config(config, tokenizer.geometry.features, text))
+    several = mesh is not None and mesh.size > 1
+    layout = Layout(mesh, rules_of(config.mesh)) if several else None
+    if platform is None:
+        platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    dit.check(config)
+    how = attend.from_config(config, mesh if several else None, platform)
+    text = encoder.from_config(config, layout)
+    return Generator(tokenizer, dit.from_config(config, tokenizer.geometry.features, text, layout, how))
 
 
 def example(config: ConfigDict) -> TokenBatch:

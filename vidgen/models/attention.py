@@ -1,36 +1,17 @@
-"""Attention within segments."""
+"""The attention layer."""
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
 from vidgen.config import ConfigError
+from vidgen.models.attend import Attending, attend
+from vidgen.models.linear import Dtype, Layout, Linear
 from vidgen.models.rope import rotate
-
-Dtype = jnp.dtype
-
-
-def attend(
-    q_BxHxSxD: jax.Array, k_BxHxLxD: jax.Array, v_BxHxLxD: jax.Array, q_segment_BxS: jax.Array, k_segment_BxL: jax.Array
-) -> jax.Array:
-    """Softmax attention of each token to the keys of its own segment; scores and softmax in float32.
-
-    Head-major, since a CPU and a TPU both run the two products as plain batched matrix products in that layout.
-    A query without any key of its segment (padding) gets a finite value that no loss looks at.
-
-    Returns: [B,H,S,D] in v's dtype.
-    """
-    chex.assert_rank([q_BxHxSxD, k_BxHxLxD, v_BxHxLxD], 4)
-    chex.assert_rank([q_segment_BxS, k_segment_BxL], 2)
-    scale = q_BxHxSxD.shape[-1] ** -0.5
-    scores = jnp.einsum("bhsd,bhld->bhsl", q_BxHxSxD * scale, k_BxHxLxD, preferred_element_type=jnp.float32)
-    same = q_segment_BxS[:, None, :, None] == k_segment_BxL[:, None, None, :]
-    weights = jax.nn.softmax(jnp.where(same, scores, -1e9), axis=-1)
-    return jnp.einsum("bhsl,bhld->bhsd", weights.astype(v_BxHxLxD.dtype), v_BxHxLxD)
 
 
 class Attention(nn.Module):
@@ -39,43 +20,59 @@ class Attention(nn.Module):
     Attributes:
       heads: H; the width of the queries divides by it.
       dtype: of the matrix products.
+      layout: where weights lie; None = one device.
+      how: kernel and strategy over the mesh.
+      over_context: whether the tokens x lie in pieces over the context axis; a context to attend to never does.
     """
 
     heads: int
     dtype: Dtype = jnp.float32
+    layout: Layout | None = None
+    how: Attending = Attending()
+    over_context: bool = True
 
     @nn.compact
-    def __call__(self, x_BxSxW, segment_BxS, table=None, context_BxLxE=None, context_segment_BxL=None) -> jax.Array:
-        """Self-attention, or cross-attention where a context is given; `table` from `rope_table`. Returns [B,S,W]."""
+    def __call__(
+        self, x_BxSxW, ids_BxS, table=None, context_BxLxE=None, context_ids_BxL=None, windows: bool = False
+    ) -> jax.Array:
+        """Self-attention, or cross-attention where a context is given; `table` from `rope_table`.
+
+        Tokens attend to those of equal id: the segment, or, with `windows`, a window of it. Returns [B,S,W].
+        """
         width = x_BxSxW.shape[-1]
-
-        def split(x):  # [B,L,W] → [B,H,L,D]
-            return x.reshape(*x.shape[:2], self.heads, -1).transpose(0, 2, 1, 3)
-
-        def project(name, x):
-            return split(nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)(x))
-
         own = context_BxLxE is None
-        context, context_segment = (x_BxSxW, segment_BxS) if own else (context_BxLxE, context_segment_BxL)
-        q, k, v = project("query", x_BxSxW), project("key", context), project("value", context)
+        context, context_ids = (x_BxSxW, ids_BxS) if own else (context_BxLxE, context_ids_BxL)
+
+        def project(name, x, over_context):  # [B,L,W] → [B,H,L,D]
+            y = Linear(width, False, self.dtype, layout=self.layout, over_context=over_context, name=name)(x)
+            # Named before the norm, so that keeping it spares the product.
+            y = checkpoint_name(y, name if own else f"cross_{name}")
+            return y.reshape(*y.shape[:2], self.heads, -1).transpose(0, 2, 1, 3)
+
+        q = project("query", x_BxSxW, self.over_context)
+        k = project("key", context, self.over_context and own)
+        v = project("value", context, self.over_context and own)
         q = nn.RMSNorm(dtype=jnp.float32, name="query_norm")(q)
         k = nn.RMSNorm(dtype=jnp.float32, name="key_norm")(k)
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)
-        out = attend(q.astype(self.dtype), k.astype(self.dtype), v, segment_BxS, context_segment)
-        out = out.transpose(0, 2, 1, 3).reshape(*x_BxSxW.shape)
-        return nn.Dense(width, use_bias=False, dtype=self.dtype, name="out")(out)
+        q, k = q.astype(self.dtype), k.astype(self.dtype)
+        out = attend(q, k, v, ids_BxS, context_ids, self.how, shared_keys=not own, windows=windows)
+        out = out.transpose(0, 2, 1, 3).reshape(*x_BxSxW.shape[:2], width)
+        out = Linear(width, False, self.dtype, layout=self.layout, over_context=self.over_context, name="out")(out)
+        return checkpoint_name(out, "attention_project" if own else "cross_project")
 
 
-def dtype_of(config: ConfigDict) -> Dtype:
-    """The dtype of matrix products; raises ConfigError."""
-    if config.dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"config.dtype={config.dtype!r}: known are float32, bfloat16")
-    return jnp.dtype(config.dtype)
+def dtype_of(name: str, value: str) -> Dtype:
+    """The dtype that a setting names; raises ConfigError."""
+    if value not in ("float32", "bfloat16"):
+        raise ConfigError(f"config.{name}={value!r}: known are float32, bfloat16")
+    return jnp.dtype(value)
 
 
-def check_heads(name: str, width: int, heads: int) -> None:
+def check_heads(name: str, c: ConfigDict) -> None:
     """Raises ConfigError unless heads of even width (RoPE turns pairs) fill the width."""
+    width, heads = c.width, c.heads
     if width % heads or width // heads % 2:
         fits = [h for h in range(1, width // 2 + 1) if width % h == 0 and width // h % 2 == 0]
         near = min(fits, key=lambda h: abs(h - heads), default=1)

@@ -5,8 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
 
-from vidgen.models.attention import Attention, Dtype
+from vidgen.models.attend import Attending
+from vidgen.models.attention import Attention
+from vidgen.models.linear import Dtype, Layout, Linear
+from vidgen.parallel.mesh import TOKENS
 
 
 class Mlp(nn.Module):
@@ -14,12 +19,16 @@ class Mlp(nn.Module):
 
     ratio: float = 4.0
     dtype: Dtype = jnp.float32
+    layout: Layout | None = None
+    over_context: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        hidden = nn.Dense(int(width * self.ratio), dtype=self.dtype, name="up")(x)
-        return nn.Dense(width, dtype=self.dtype, name="down")(nn.gelu(hidden))
+        def linear(features, name):
+            return Linear(features, dtype=self.dtype, layout=self.layout, over_context=self.over_context, name=name)
+
+        hidden = checkpoint_name(linear(int(x.shape[-1] * self.ratio), "up")(x), "mlp_up")
+        return checkpoint_name(linear(x.shape[-1], "down")(nn.gelu(hidden)), "mlp_down")
 
 
 def norm(x: jax.Array) -> jax.Array:
@@ -38,35 +47,82 @@ def pick(vectors_BxNxF: jax.Array, level_BxS: jax.Array) -> jax.Array:
     return jnp.einsum("bsn,bnf->bsf", hot, vectors_BxNxF, precision="highest")
 
 
+def modulation(features: int, layout: Layout | None, name: str | None = None) -> Linear:
+    """The layer that makes shifts, scales and gates of the noise levels: zero at first, float32 on every machine."""
+    # HIGHEST: not what a TPU or GPU makes of float32 by default.
+    zeros = nn.initializers.zeros
+    return Linear(features, precision="highest", kernel_init=zeros, layout=layout, over_context=False, name=name)
+
+
 class Block(nn.Module):
     """adaLN-Zero transformer block (Peebles & Xie, arXiv:2212.09748) with cross-attention to text.
 
     The modulation is computed for the N noise levels of a row and picked for tokens here, inside what is
     rematerialised, so that it is never stored a token.
+
+    Attributes:
+      ids: which of the ids self-attention goes by: "segment" (the whole clip), "window" or "shifted".
+      shared: whether all blocks share one modulation, and have a table of offsets each (adaLN-single, Chen et al.,
+        arXiv:2310.00426), instead of a layer each.
+      residual: dtype of what a block hands to the next.
     """
 
     heads: int
     mlp_ratio: float = 4.0
     dtype: Dtype = jnp.float32
+    residual: Dtype = jnp.float32
+    shared: bool = False
+    layout: Layout | None = None
+    how: Attending = Attending()
+    ids: str = "segment"
 
     @nn.compact
-    def __call__(self, x_BxSxW, condition_BxNxW, level_BxS, segment_BxS, table, text) -> tuple[jax.Array, None]:
-        """Returns (x, None), as `nn.scan` wants it. `text`: (values [B,L,E], segment [B,L]) or None."""
-        width = x_BxSxW.shape[-1]
-        # HIGHEST: modulation is float32 on every machine, not what a TPU or GPU makes of it by default.
-        modulation = nn.Dense(
-            6 * width, dtype=jnp.float32, precision="highest", kernel_init=nn.initializers.zeros, name="modulation"
-        )
-        parts = jnp.split(pick(modulation(nn.silu(condition_BxNxW)), level_BxS), 6, axis=-1)
+    def __call__(self, x_BxSxW, condition_BxNxW, level_BxS, ids, table, text) -> tuple[jax.Array, None]:
+        """Returns (x, None), as `nn.scan` wants it.
+
+        Args:
+          condition_BxNxW: of the noise levels; [B,N,6W] where modulation is shared.
+          ids: name → [B,S] i32.
+          text: (values [B,L,E], segment [B,L]) or None.
+        """
+        if self.layout is not None:
+            x_BxSxW = jax.lax.with_sharding_constraint(x_BxSxW, NamedSharding(self.layout.mesh, TOKENS))
+        x = checkpoint_name(x_BxSxW, "residual").astype(jnp.float32)
+        width = x.shape[-1]
+        if self.shared:
+            offsets = self.param("modulation_table", nn.initializers.zeros, (6 * width,), jnp.float32)
+            vectors = condition_BxNxW + offsets
+        else:
+            vectors = modulation(6 * width, self.layout, "modulation")(nn.silu(condition_BxNxW))
+        parts = (pick(part, level_BxS) for part in jnp.split(vectors, 6, axis=-1))
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
 
-        h = norm(x_BxSxW) * (1 + scale1) + shift1
-        x = x_BxSxW + gate1 * Attention(self.heads, self.dtype, name="attention")(
-            h.astype(self.dtype), segment_BxS, table
-        )
+        def attention(name):
+            return Attention(self.heads, self.dtype, self.layout, self.how, name=name)
+
+        h = checkpoint_name((norm(x) * (1 + scale1) + shift1).astype(self.dtype), "attention_norm")
+        x = x + gate1 * attention("attention")(h, ids[self.ids], table, windows=self.ids != "segment")
         if text is not None:
-            h = norm(x).astype(self.dtype)
-            x = x + Attention(self.heads, self.dtype, name="cross")(h, segment_BxS, None, *text)
-        h = norm(x) * (1 + scale2) + shift2
-        x = x + gate2 * Mlp(self.mlp_ratio, self.dtype, name="mlp")(h.astype(self.dtype))
-        return x.astype(jnp.float32), None
+            x = x + attention("cross")(norm(x).astype(self.dtype), ids["segment"], None, *text)
+        h = (norm(x) * (1 + scale2) + shift2).astype(self.dtype)
+        x = x + gate2 * Mlp(self.mlp_ratio, self.dtype, self.layout, name="mlp")(h)
+        return x.astype(self.residual), None
+
+
+class Group(nn.Module):
+    """Blocks that differ in what they attend to, as one layer of a scan: `layer_0`, `layer_1`, …
+
+    Attributes:
+      block: makes a block: ids, name → Block.
+      pattern: the ids of each.
+    """
+
+    block: type[Block]
+    arguments: tuple
+    pattern: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x, *rest) -> tuple[jax.Array, None]:
+        for i, ids in enumerate(self.pattern):
+            x, _ = self.block(*self.arguments, ids=ids, name=f"layer_{i}")(x, *rest)
+        return x, None

@@ -8,8 +8,9 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from vidgen.data.text import VOCAB
-from vidgen.models.attention import Attention, Dtype, check_heads, dtype_of
+from vidgen.models.attention import Attention, check_heads, dtype_of
 from vidgen.models.blocks import Mlp
+from vidgen.models.linear import Dtype, Layout
 from vidgen.models.rope import rope_table
 
 
@@ -38,6 +39,7 @@ class ByteEncoder(nn.Module):
     dtype: Dtype = jnp.float32
     ngrams: tuple[int, ...] = (3, 4, 5, 6)
     buckets: int = 4096
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(self, ids_BxL: jax.Array, segment_BxL: jax.Array) -> jax.Array:
@@ -55,14 +57,16 @@ class ByteEncoder(nn.Module):
         rope = rope_table(coords, self.width // self.heads, 1000.0)
         for layer in range(self.layers):
             h = nn.RMSNorm(dtype=jnp.float32, name=f"norm1_{layer}")(x).astype(self.dtype)
-            x = x + Attention(self.heads, self.dtype, name=f"attention_{layer}")(h, segment_BxL, rope)
+            x = x + Attention(self.heads, self.dtype, self.layout, over_context=False, name=f"attention_{layer}")(
+                h, segment_BxL, rope
+            )
             h = nn.RMSNorm(dtype=jnp.float32, name=f"norm2_{layer}")(x).astype(self.dtype)
-            x = x + Mlp(dtype=self.dtype, name=f"mlp_{layer}")(h)
+            x = x + Mlp(dtype=self.dtype, layout=self.layout, over_context=False, name=f"mlp_{layer}")(h)
         return nn.RMSNorm(dtype=jnp.float32, name="norm_out")(x)
 
 
-def from_config(config: ConfigDict) -> ByteEncoder:
+def from_config(config: ConfigDict, layout: Layout | None = None) -> ByteEncoder:
     """The text encoder of a config; raises ConfigError."""
     t = config.text
-    check_heads("text", t.width, t.heads)
-    return ByteEncoder(t.width, t.layers, t.heads, dtype_of(config))
+    check_heads("text", t)
+    return ByteEncoder(t.width, t.layers, t.heads, dtype_of("dtype", config.dtype), layout=layout)

@@ -31,24 +31,36 @@ def microbatches(tree: Any, count: int) -> Any:
 Step = Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make_step(loss_sum: LossSum, weight: Weight, optimizer: optax.GradientTransformation, config: ConfigDict) -> Step:
+def make_step(
+    loss_sum: LossSum,
+    weight: Weight,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    shardings: Any = None,
+) -> Step:
     """(state, batch) → (state, metrics), to be jitted with the state donated.
 
     The loss is the sum of errors over the trained tokens of the whole global batch, over devices and microbatches.
+    `shardings` are the parameters', or None on one device: gradients lie like them from the start.
     """
     c = config.optimizer
+
+    def placed(grads):
+        return grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings)
 
     def gradients(params, batch, keys, total):
         def loss(params, batch, keys):
             return loss_sum(params, batch, keys) / total
 
         if c.accumulate == 1:
-            return jax.value_and_grad(loss)(params, batch, keys)
+            value, grads = jax.value_and_grad(loss)(params, batch, keys)
+            return value, placed(grads)
 
         def add(carry, part):
-            return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss)(params, *part)), None
+            value, grads = jax.value_and_grad(loss)(params, *part)
+            return (carry[0] + value, jax.tree.map(jnp.add, carry[1], placed(grads))), None
 
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        zero = (jnp.zeros(()), placed(jax.tree.map(jnp.zeros_like, params)))
         return jax.lax.scan(add, zero, microbatches((batch, keys), c.accumulate))[0]
 
     def step(state: TrainState, batch: TokenBatch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -63,20 +75,20 @@ def make_step(loss_sum: LossSum, weight: Weight, optimizer: optax.GradientTransf
             settled = state.step - state.skipped >= 20  # a mean over fewer steps says little
             good &= ~settled | (norm <= c.outlier * state.grad_norm)
 
-        def take():
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            decay = jnp.minimum(c.ema, (1.0 + state.step) / (10.0 + state.step))
-            ema = optax.incremental_update(params, state.ema, 1.0 - decay)
-            mean = jnp.where(state.step == state.skipped, norm, 0.95 * state.grad_norm + 0.05 * norm)
-            return params, ema, opt_state, mean
-
-        def leave():
-            # What lasts is no outlier: the mean follows, a little at a time.
-            seen = jnp.where(jnp.isfinite(norm), jnp.minimum(norm, c.outlier * state.grad_norm), state.grad_norm)
-            return state.params, state.ema, state.opt_state, 0.95 * state.grad_norm + 0.05 * seen
-
-        params, ema, opt_state, mean = jax.lax.cond(good, take, leave)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(c.ema, (1.0 + state.step) / (10.0 + state.step))
+        ema = optax.incremental_update(params, state.ema, 1.0 - decay)
+        # A choice of numbers and not of branches: the compiler makes one pass over weights and moments of it, in place.
+        params, ema, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (params, ema, opt_state),
+            (state.params, state.ema, state.opt_state),
+        )
+        # What lasts is no outlier: the mean follows, a little at a time.
+        seen = jnp.where(jnp.isfinite(norm), jnp.minimum(norm, c.outlier * state.grad_norm), state.grad_norm)
+        mean = 0.95 * state.grad_norm + 0.05 * jnp.where(good, norm, seen)
+        mean = jnp.where(good & (state.step == state.skipped), norm, mean)
         skipped = state.skipped + (1 - good.astype(jnp.int32))
         state = TrainState(state.step + 1, params, ema, opt_state, mean, skipped)
         return state, {"loss": loss, "grad_norm": norm, "tokens": tokens, "skipped": skipped}

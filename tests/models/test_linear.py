@@ -1,0 +1,78 @@
+"""A product whose weight lies in pieces equals the plain one, and gathers and reduces as written."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from vidgen.models.linear import Layout, Linear
+from vidgen.parallel.mesh import AXES, ROWS, TOKENS
+from vidgen.parallel.rules import PRESETS
+
+
+def layout(**sizes):
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    return Layout(
+        Mesh(np.asarray(jax.devices()).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 4), PRESETS["default"]
+    )
+
+
+class Pair(nn.Module):
+    """up to a wider layer and down again, by names that tensor parallelism knows, and one that it does not."""
+
+    layout: Layout | None = None
+    over_context: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        def linear(features, name):
+            return Linear(features, dtype=self.dtype, layout=self.layout, over_context=self.over_context, name=name)
+
+        return linear(8, "embed")(linear(8, "down")(nn.gelu(linear(16, "up")(x))))
+
+
+@pytest.fixture(scope="module")
+def world():
+    x = jax.random.normal(jax.random.key(1), (4, 8, 8))
+    params = Pair().init(jax.random.key(0), x)
+    target = jax.random.normal(jax.random.key(2), (4, 8, 8))
+    return params, x, target
+
+
+def loss(module, params, x, target):
+    return jnp.sum((module.apply(params, x) - target) ** 2)
+
+
+@pytest.mark.parametrize("over_context", [True, False], ids=["tokens", "text"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 2, "fsdp": 2}, {"fsdp": 2, "context": 2}, {"context": 2, "tensor": 2}, {"data": 2, "tensor": 2}],
+    ids=str,
+)
+def test_any_mesh_equals_one_device(world, sizes, over_context):
+    params, x, target = world
+    want = jax.jit(jax.value_and_grad(lambda p, x: loss(Pair(), p, x, target), argnums=(0, 1)))(params, x)
+    place = layout(**sizes)
+    module = Pair(place, over_context)
+    x = jax.device_put(x, NamedSharding(place.mesh, TOKENS if over_context else ROWS))
+    got = jax.jit(jax.value_and_grad(lambda p, x: loss(module, p, x, target), argnums=(0, 1)))(params, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_gathered_in_the_products_dtype_and_gradients_reduced_in_float32(world):
+    params, x, target = world
+    place = layout(fsdp=4)
+    module = Pair(place, dtype=jnp.bfloat16)
+    grads = jax.jit(jax.grad(lambda p, x: loss(module, p, x, target)))
+    text = grads.lower(params, x).as_text()  # as written, before a CPU widens bfloat16
+    gathered = re.findall(r"all_gather.*?-> tensor<([^>]*)>", text)
+    reduced = re.findall(r"reduce_scatter.*?\n(?:.*\n)*?.*?-> tensor<([^>]*)>", text)
+    assert len(gathered) == 3 and all(shape.endswith("bf16") for shape in gathered)
+    assert len(reduced) == 3 and all(shape.endswith("f32") for shape in reduced)
+    assert {x.dtype for x in jax.tree.leaves(grads(params, x))} == {jnp.dtype("float32")}

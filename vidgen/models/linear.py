@@ -1,0 +1,175 @@
+"""The matrix product that every layer here is made of, and where its weight lies while it is used.
+
+A weight is stored in pieces (`vidgen/parallel/rules.py`), gathered in `dtype` for a product, and dropped. Its gradient
+is summed over the devices' tokens and scattered back into pieces in one go, in float32. Both are written out, device by
+device, and not left to the compiler, which may choose to gather by an all-reduce or to sum a whole gradient on
+every device (ZeRO, Rajbhandari et al., arXiv:1910.02054; tensor parallelism as in Megatron-LM, arXiv:1909.08053).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from vidgen.parallel.mesh import ROW_AXES
+from vidgen.parallel.rules import Rules, spec_of
+
+Dtype = jnp.dtype
+WEIGHTS = "weights"  # what gathered weights are called by remat: never saved
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The mesh and the rules by which weights lie on it; hashable, a static attribute of modules."""
+
+    mesh: Mesh
+    rules: Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """How one product x [B,…,I] · w [I,O] lies on the mesh.
+
+    Attributes:
+      mesh: of the devices.
+      stored: axes of w's pieces, (inputs, outputs), each in the order in which they are cut.
+      over_context: whether x's tokens are in pieces over context; text and noise levels are whole there.
+      precision: of the products.
+    """
+
+    mesh: Mesh
+    stored: tuple[tuple[str, ...], tuple[str, ...]]
+    over_context: bool
+    precision: str | None = None
+
+    @property
+    def x(self) -> P:
+        """Spec of x: its features are in pieces where the weight's inputs are over tensor."""
+        return P(ROW_AXES, "context" if self.over_context else None, "tensor" if "tensor" in self.stored[0] else None)
+
+    @property
+    def y(self) -> P:
+        """Spec of the product."""
+        return P(ROW_AXES, "context" if self.over_context else None, "tensor" if "tensor" in self.stored[1] else None)
+
+    @property
+    def piece(self) -> P:
+        """Spec of w as stored."""
+        return P(*(axes if axes else None for axes in self.stored))
+
+    @property
+    def used(self) -> P:
+        """Spec of w as used: whole but for tensor."""
+        return P(*("tensor" if "tensor" in axes else None for axes in self.stored))
+
+    def run(self, body: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`body` on each device's own pieces."""
+        return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def gather(w: jax.Array, how: Product) -> jax.Array:
+    """A stored weight [I,O] as it is used."""
+
+    def body(w):
+        for dimension, axes in enumerate(how.stored):
+            for axis in reversed(axes):
+                if axis != "tensor":
+                    w = jax.lax.all_gather(w, axis, axis=dimension, tiled=True)
+        return w
+
+    return how.run(body, (how.piece,), how.used)(w)
+
+
+def _dot(a: jax.Array, b: jax.Array, axes: tuple[Any, Any], how: Product) -> jax.Array:
+    return jax.lax.dot_general(a, b, (axes, ((), ())), precision=how.precision, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def product(x: jax.Array, w: jax.Array, whole: jax.Array, how: Product) -> jax.Array:
+    """x · whole in x's dtype; the gradient of the weight goes to w, its stored pieces, in w's dtype."""
+
+    def body(x, whole):
+        y = _dot(x, whole, ((x.ndim - 1,), (0,)), how).astype(x.dtype)
+        return jax.lax.psum(y, "tensor") if "tensor" in how.stored[0] else y
+
+    return how.run(body, (how.x, how.used), how.y)(x, whole)
+
+
+def _forward(x, w, whole, how):
+    return product(x, w, whole, how), (x, w, whole)
+
+
+def _backward(how, saved, dy):
+    x, w, whole = saved
+    dtype = w.dtype
+    inputs, outputs = how.stored
+
+    def body(x, whole, dy):
+        dx = _dot(dy, whole, ((dy.ndim - 1,), (1,)), how).astype(x.dtype)
+        if "tensor" in outputs:
+            dx = jax.lax.psum(dx, "tensor")
+        tokens = tuple(range(x.ndim - 1))
+        dw = _dot(x, dy, (tokens, tokens), how)
+        cut = {axis for axes in how.stored for axis in axes}
+        for dimension, axes in enumerate(how.stored):
+            for axis in axes:
+                if axis == "context" and not how.over_context:
+                    # All hold the same tokens and so the same gradient: each keeps its piece.
+                    n = dw.shape[dimension] // jax.lax.axis_size(axis)
+                    dw = jax.lax.dynamic_slice_in_dim(dw, jax.lax.axis_index(axis) * n, n, dimension)
+                elif axis != "tensor":
+                    dw = jax.lax.psum_scatter(dw, axis, scatter_dimension=dimension, tiled=True)
+        # What shares the tokens and holds no piece of its own holds the sum.
+        shared = (*ROW_AXES, "context") if how.over_context else ROW_AXES
+        shared = tuple(axis for axis in shared if axis not in cut and how.mesh.shape[axis] > 1)
+        return dx, jax.lax.psum(dw, shared) if shared else dw
+
+    dx, dw = how.run(body, (how.x, how.used, how.y), (how.x, how.piece))(x, whole, dy)
+    return dx, dw.astype(dtype), None
+
+
+product.defvjp(_forward, _backward)
+
+
+class Linear(nn.Module):
+    """x [B,L,I] → [B,L,O]: as `nn.Dense`, with the weight laid out by `layout`.
+
+    Attributes:
+      features: O.
+      layout: of the mesh; None = one device.
+      over_context: whether the L tokens lie in pieces over the context axis.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+    precision: str | None = None
+    kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
+    layout: Layout | None = None
+    over_context: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        x = x.astype(self.dtype)
+        if self.layout is None:
+            y = jnp.dot(x, kernel.astype(self.dtype), precision=self.precision)
+        else:
+            sizes = dict(self.layout.mesh.shape)
+            spec = spec_of("/".join((*self.path, "kernel")), kernel.shape, sizes, self.layout.rules)
+            stored = tuple((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in (*spec, None, None)[:2])
+            how = Product(self.layout.mesh, stored, self.over_context, self.precision)
+            whole = gather(jax.lax.stop_gradient(kernel).astype(self.dtype), how)
+            y = product(x, kernel, checkpoint_name(whole, WEIGHTS), how)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+        return y
