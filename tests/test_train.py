@@ -163,7 +163,7 @@ def test_too_many_unreadable_clips_stop_the_run_and_few_do_not(tmp_path, monkeyp
         ConfigError, match="could not be read \\(not a video: \\d+\\), more than config.train.max_bad=0.01"
     ):
         train.run(config(), str(tmp_path / "strict"))
-    train.run(config(max_bad=0.9, steps=4), str(tmp_path / "patient"))
+    train.run(config(max_bad=0.9), str(tmp_path / "patient"))
     assert metrics.read(str(tmp_path / "patient"))[-1]["unreadable_clips"] > 5
 
 
@@ -184,7 +184,7 @@ def test_bad_settings(changes, says, tmp_path):
 def test_rows_that_do_not_divide_into_microbatches_name_the_nearest(tiny, tmp_path):
     tiny.optimizer.accumulate = 3
     with pytest.raises(
-        ConfigError, match="config.rows.count=4 does not divide over 4 devices in 3 parts .*; nearest: 12"
+        ConfigError, match="config.rows.count=4 does not divide over 4 devices .* in 3 parts .*; nearest: 12"
     ):
         train.run(tiny, str(tmp_path))
 
@@ -198,6 +198,7 @@ def test_an_unwritable_workdir_is_told(tmp_path):
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     """The real signal to the real command."""
     c = config(steps=100_000, log_every=1, checkpoint_every=100_000)
+    c.optimizer.schedule = "constant"  # the same program for any number of steps: compiled once
     (tmp_path / "c.json").write_text(to_json(c))
     (tmp_path / "c.py").write_text(
         "import pathlib\n\nfrom vidgen import config\n\n\n"
@@ -214,7 +215,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
         "--workdir",
         str(tmp_path / "w"),
     ]
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     deadline = time.time() + 120
     while time.time() < deadline and len(metrics.read(str(tmp_path / "w"))) < 3:
@@ -222,7 +223,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
-    assert "stopping after this step and saving" in err
+    assert "stopping after a step and saving" in err
     assert "Stopped by SIGTERM after step" in err and "The same command goes on from there" in err
     stopped = metrics.read(str(tmp_path / "w"))[-1]["step"]
     more = subprocess.run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from vidgen import config as configs
@@ -25,6 +28,8 @@ from vidgen.diffusion import generator as generators
 from vidgen.diffusion.generator import Generator
 from vidgen.diffusion.solvers import SOLVERS
 from vidgen.geometry import Geometry, Grid
+from vidgen.parallel import processes
+from vidgen.parallel.mesh import ROW_AXES, ROWS, batch_shardings
 from vidgen.studio import media
 from vidgen.training.checkpoint import Checkpoints, read_config
 
@@ -137,11 +142,13 @@ def draw(
     seeds: Sequence[int],
     negative: str = "",
     zipped: bool = False,
+    mesh: Mesh | None = None,
 ) -> list[np.ndarray]:
     """Clips [T,H,W,3] u8 for each prompt and, within it, each seed, at the size of `config.sample`.
 
     With `zipped`, each prompt has the seed at its own place instead. Sizes that do not cut into tokens are drawn at the
-    next larger one and cropped.
+    next larger one and cropped. With the `mesh` on which `params` lie, its devices share the clips, and the tokens of
+    each where they divide; every process calls this, and every process gets the clips.
     """
     s, geometry = config.sample, generator.tokenizer.geometry
     size = geometry.cover(s.frames, s.height, s.width)
@@ -150,9 +157,13 @@ def draw(
     texts = [encode_text(text, config.rows.caption) for text in {*prompts, negative}]
     length = -(-max(map(len, texts)) // 32) * 32  # few lengths, few compiles
     at_once = min(CLIPS_AT_ONCE, len(wanted))
-    sampler = _sampler(generator, config.objective.to_json(), grid, s.solver, s.steps, float(s.guidance), float(s.eta))
-    noise_of = functools.lru_cache(
-        lambda seed: jax.random.normal(jax.random.key(seed), (np.prod(grid), geometry.features))
+    if mesh is not None:
+        at_once += -at_once % math.prod(mesh.shape[axis] for axis in ROW_AXES)
+        each_row = NamedSharding(mesh, ROWS)
+        divides = math.prod(grid) % mesh.shape["context"] == 0
+        generator = generator if divides else generator.on_one_device()
+    sampler = _sampler(
+        generator, config.objective.to_json(), grid, s.solver, s.steps, float(s.guidance), float(s.eta), mesh
     )
     videos = []
     for first in range(0, len(wanted), at_once):
@@ -160,10 +171,11 @@ def draw(
         padded = chunk + [chunk[-1]] * (at_once - len(chunk))
         rows = clip_rows(config, geometry, [p for p, _ in padded], size, length)
         empty = clip_rows(config, geometry, [negative] * at_once, size, length)
-        noise = jnp.stack([noise_of(seed) for _, seed in padded])
-        keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), 1) for _, seed in padded])
-        video = sampler(params, rows, empty, noise, keys)
-        video = np.asarray(video)[: len(chunk), : s.frames]
+        keys = np.stack([jax.random.key_data(jax.random.key(seed)) for _, seed in padded])
+        if mesh is not None:
+            places = batch_shardings(mesh, rows) if divides else jax.tree.map(lambda _: each_row, rows)
+            rows, empty, keys = processes.put((rows, empty, keys), (places, places, each_row))
+        video = np.asarray(sampler(params, rows, empty, keys))[: len(chunk), : s.frames]
         y, x = (size[1] - s.height) // 2, (size[2] - s.width) // 2
         videos += list(video[:, :, y : y + s.height, x : x + s.width])
     return videos
@@ -189,19 +201,30 @@ def clip_rows(
 
 
 @functools.lru_cache(maxsize=8)
-def _sampler(generator: Generator, objective: str, grid: Grid, solver: str, steps: int, guidance: float, eta: float):
+def _sampler(
+    generator: Generator,
+    objective: str,
+    grid: Grid,
+    solver: str,
+    steps: int,
+    guidance: float,
+    eta: float,
+    mesh: Mesh | None,
+):
     """The jitted sampler of one shape of clip."""
     objective = ConfigDict(json.loads(objective))
+    shape = (math.prod(grid), generator.tokenizer.geometry.features)
 
-    @jax.jit
-    def sample(params, rows, empty, noise, keys):
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()) if mesh is not None else None)
+    def sample(params, rows, empty, key_data):
+        keys = jax.random.wrap_key_data(key_data)
         tokens = generators.generate(
             generator,
             params,
             rows,
             None if guidance == 1 else empty,
-            noise,
-            keys,
+            jax.vmap(lambda key: jax.random.normal(key, shape))(keys),
+            jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
             objective,
             solver=solver,
             steps=steps,

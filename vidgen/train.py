@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import platform
+import signal
+import sys
 import time
 from typing import Any
 
 import jax
-import optax
-from jax.sharding import Mesh, NamedSharding
+import numpy as np
 from ml_collections import ConfigDict
 
 from vidgen import config as configs
@@ -21,23 +23,23 @@ from vidgen.config import ConfigError, to_json
 from vidgen.data import feed
 from vidgen.data.packing import Packing
 from vidgen.data.sources import Source, open_source
-from vidgen.diffusion import generator as generators
-from vidgen.diffusion.generator import Generator
 from vidgen.evaluation.heldout import heldout_loss
 from vidgen.objectives import flow
-from vidgen.parallel.mesh import ROWS, make_mesh, tree_shardings
+from vidgen.parallel import processes
+from vidgen.parallel.mesh import make_mesh
 from vidgen.planning.flops import step_flops
-from vidgen.planning.peaks import peak_flops
+from vidgen.planning.hardware import peak_flops
+from vidgen.planning.mix import Mix
 from vidgen.studio import media
 from vidgen.training import optimizers
 from vidgen.training import state as states
-from vidgen.training.checkpoint import Checkpoints, abstract, write_config
+from vidgen.training.checkpoint import Checkpoints, check_config, write_config
 from vidgen.training.meter import Meter
 from vidgen.training.metrics import MetricWriter, Progress, si
 from vidgen.training.profiler import Profiler
+from vidgen.training.program import Program, build
 from vidgen.training.resilience import StopSignal, only_one
 from vidgen.training.state import TrainState
-from vidgen.training.step import make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,93 +60,95 @@ class Result:
 def run(config: ConfigDict, workdir: str) -> Result:
     """Trains to `config.train.steps`, from the newest checkpoint of `workdir` where there is one.
 
-    Raises ConfigError for anything that the user can mend.
+    Where the environment tells of several processes (`parallel/processes.py`), each of them calls this with the same
+    config and a workdir that all of them see; process 0 writes what a run has one of, and all end after the same step.
+
+    Raises ConfigError for anything that the user can mend; of several processes, the one where it happens says so and
+    ends, and with it the others.
     """
     check(config)
-    # A copy, with an absolute path: the workdir is to be of use from anywhere.
-    source = config.data.source
-    config = configs.override(config, {"data.source": os.path.abspath(source)} if os.path.isdir(source) else {})
-    mesh = make_mesh(config.mesh, config.rows.count, config.optimizer.accumulate)
-    rows = NamedSharding(mesh, ROWS)
-    generator = generators.from_config(config)
-    geometry = generator.tokenizer.geometry
-    optimizer = optimizers.from_config(config)
+    processes.start()
+    with processes.as_one("train"), contextlib.ExitStack() as stack:
+        return _run(_settled(config), workdir, stack)
+
+
+def _run(config: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Result:
+    lead, total = processes.is_lead(), config.train.steps
+    mesh = make_mesh(config.mesh, config.rows.count, config.rows.tokens, config.optimizer.accumulate)
+    program = build(config, mesh)
+    geometry = program.generator.tokenizer.geometry
     source = open_source(config.data, "train")
     packing = Packing(source.sizes, geometry, config.rows, config.seed)
-    heldout = heldout_loss(config, generator, rows) if config.train.eval_every else None
-    if config.train.sample_every and not config.sample.prompts:
-        config.sample.prompts = tuple(sample.heldout_captions(config, 6))
+    heldout = heldout_loss(config, program.generator, mesh) if config.train.eval_every else None
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(only_one(workdir))
-        changed = write_config(workdir, config)
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.train.keep)))
-        state, shardings, facts = begin(config, generator, optimizer, source, checkpoints, mesh)
-        start = int(state.step)
-        progress = stack.enter_context(contextlib.closing(Progress(config.train.steps, start)))
-        if start >= config.train.steps:
-            progress.say(f"Already at step {start} of {config.train.steps}: nothing to do")
-            return Result(start, "", {})
-        if start and "train.steps" in changed and config.optimizer.schedule != "constant":
-            progress.say("config.train.steps has changed, and the learning rate's schedule with it")
-        step = jax.jit(
-            make_step(flow.loss_of(generator, config.objective), flow.trained, optimizer, config),
-            in_shardings=(shardings, rows),
-            out_shardings=(shardings, None),
-            donate_argnums=0,
-        )
+    changed = _claim(workdir, config, stack)
+    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.train.keep)))
+    state, facts = begin(program, source, checkpoints)
+    start = int(state.step)
+    progress = stack.enter_context(contextlib.closing(Progress(total, start, sys.stderr if lead else io.StringIO())))
+    if start >= total:
+        progress.say(f"Already at step {start} of {total}: nothing to do")
+        return Result(start, "", {})
+    if start and "train.steps" in changed and config.optimizer.schedule != "constant":
+        progress.say("config.train.steps has changed, and the learning rate's schedule with it")
+    writer = None
+    if lead:
         writer = MetricWriter(workdir, wandb_project=config.train.wandb, config_json=to_json(config))
         stack.enter_context(contextlib.closing(writer)).resume(start + 1)
-        meter = _introduce(config, workdir, generator, source, packing, state, mesh, facts["tokens_seen"], progress)
-        profiler = stack.enter_context(contextlib.closing(Profiler(config.train.profile_steps, workdir)))
-        stop = stack.enter_context(StopSignal())
-        batches = stack.enter_context(feed.batches(source, packing, geometry, config, start, rows))
-        last: dict[str, float] = {}
+    meter = _introduce(program, workdir, source, packing, state, facts["tokens_seen"], progress)
+    profiler = stack.enter_context(contextlib.closing(Profiler(config.train.profile_steps if lead else (), workdir)))
+    stop = stack.enter_context(StopSignal())
+    batches = stack.enter_context(feed.batches(source, packing, geometry, config, start, mesh))
+    last: dict[str, float] = {}
 
-        def finish(n: int, metrics: dict[str, jax.Array], more: dict[str, float]) -> None:
-            """Takes the numbers of step n, and writes them where they are due."""
-            nonlocal last
-            meter.done(n, metrics)
-            if more or _due(n, config.train.log_every, config.train.steps):
-                checkpoints.check()
-                last = meter.row() | more
+    def finish(n: int, metrics: dict[str, jax.Array], more: dict[str, float]) -> None:
+        """Takes the numbers of step n, and writes them where they are due."""
+        nonlocal last
+        meter.done(n, metrics)
+        if more or _due(n, config.train.log_every, total):
+            checkpoints.check()
+            last = meter.row() | more
+            if writer:
                 writer.scalars(n, last)
-                progress.update(n, last)
+            progress.update(n, last)
 
-        n, late, stopping = start, None, False
-        while n < config.train.steps and not stopping:
-            n += 1
-            profiler.before(n)
-            batch, info = next(batches)
-            state, metrics = step(state, batch)
-            meter.fed(info)
-            # One step late: the device has step n to do while the host waits for the numbers of n - 1.
-            if late:
-                finish(*late, {})
-            late = (n, metrics)
-            profiler.after(n, metrics)
+    pulse = processes.Pulse(2)
+    n, late, stopped_by, unreadable = start, None, 0, 0
+    while n < total and not stopped_by:
+        n += 1
+        profiler.before(n)
+        batch, info = next(batches)
+        state, metrics = program.step(state, batch)
+        meter.fed(info if processes.alone() else dataclasses.replace(info, bad={"see the logs": unreadable}))
+        # One step late: the device has step n to do while the host waits for the numbers of n - 1.
+        if late:
+            finish(*late, {})
+        late = (n, metrics)
+        profiler.after(n, metrics)
+        told = pulse(stop.number, sum(info.bad.values()))
+        stopped_by, unreadable = int(told[:, 0].max()), int(told[:, 1].sum())
 
-            # The next step takes over the state's memory, so what looks at the state does it now.
-            stopping = stop.requested
-            save = stopping or _due(n, config.train.checkpoint_every, config.train.steps)
-            draw, judge = _due(n, config.train.sample_every), _due(n, config.train.eval_every)
-            if save or draw or judge:
-                jax.block_until_ready(metrics)
-                clock = time.perf_counter()
-                more = heldout(state.ema) if judge else {}
-                meter.aside(time.perf_counter() - clock)
-                finish(*late, more)
-                late = None
-                clock = time.perf_counter()
-                if save:
-                    checkpoints.save(state, facts | {"tokens_seen": meter.tokens_seen})
-                if draw:
-                    draw_samples(config, generator, state.ema, n, workdir, writer)
-                meter.aside(time.perf_counter() - clock)
-        checkpoints.wait()
-        if stopping and n < config.train.steps:
-            progress.say(f"Stopped by {stop.name} after step {n}; all is saved. The same command goes on from there.")
-            return Result(n, stop.name, last)
+        # The next step takes over the state's memory, so what looks at the state does it now.
+        save = stopped_by or _due(n, config.train.checkpoint_every, total)
+        draw, judge = _due(n, config.train.sample_every), _due(n, config.train.eval_every)
+        if save or draw or judge:
+            jax.block_until_ready(metrics)
+            clock = time.perf_counter()
+            more = heldout(state.ema) if judge else {}
+            meter.aside(time.perf_counter() - clock)
+            finish(*late, more)
+            late = None
+            clock = time.perf_counter()
+            if save:
+                checkpoints.save(state, facts | {"tokens_seen": meter.tokens_seen})
+            if draw:
+                draw_samples(program, state.ema, n, workdir, writer)
+            meter.aside(time.perf_counter() - clock)
+    checkpoints.wait()
+    if stopped_by and n < total:
+        name = signal.Signals(stopped_by).name
+        progress.say(f"Stopped by {name} after step {n}; all is saved. The same command goes on from there.")
+        return Result(n, name, last)
     return Result(n, "", last)
 
 
@@ -158,43 +162,55 @@ def check(config: ConfigDict) -> None:
         raise ConfigError(f"config.train.profile_steps={window}: expected (first, last)")
 
 
-def begin(
-    config: ConfigDict,
-    generator: Generator,
-    optimizer: optax.GradientTransformation,
-    source: Source,
-    checkpoints: Checkpoints,
-    mesh: Mesh,
-) -> tuple[TrainState, Any, dict[str, Any]]:
-    """(state, its shardings, facts that checkpoints keep): made or restored straight into the shardings.
+def _settled(config: ConfigDict) -> ConfigDict:
+    """A copy that says all: the workdir is to be of use from anywhere, and later samples show the same prompts."""
+    source = config.data.source
+    config = configs.override(config, {"data.source": os.path.abspath(source)} if os.path.isdir(source) else {})
+    if config.train.sample_every and not config.sample.prompts:
+        config.sample.prompts = tuple(sample.heldout_captions(config, 6))
+    return config
+
+
+def _claim(workdir: str, config: ConfigDict, stack: contextlib.ExitStack) -> list[str]:
+    """Locks the workdir and writes its config; the settings that have changed since the last attempt."""
+    changed: list[str] = []
+    if processes.is_lead():
+        stack.enter_context(only_one(workdir))
+        changed = write_config(workdir, config)
+    changed = processes.agree(changed)
+    if not processes.is_lead():
+        check_config(workdir, config)
+    processes.barrier(f"to have opened {workdir}")
+    return changed
+
+
+def begin(program: Program, source: Source, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+    """(state, facts that checkpoints keep): made or restored straight into the shardings of the program.
 
     Raises ConfigError if the newest checkpoint was trained on other clips.
     """
-
-    def init() -> TrainState:
-        return states.create(generator.init(jax.random.key(config.seed), generators.example(config)), optimizer)
-
-    like = jax.eval_shape(init)
-    shardings = tree_shardings(like, mesh)
     latest = checkpoints.latest
     if latest is None:
-        facts = {"fingerprint": source.fingerprint, "tokens_seen": 0.0}
-        return jax.jit(init, out_shardings=shardings)(), shardings, facts
+        return program.init(), {"fingerprint": source.fingerprint, "tokens_seen": 0.0}
     facts = checkpoints.facts(latest)
     if facts["fingerprint"] != source.fingerprint:
         raise ConfigError(
-            f"config.data.source={config.data.source}: not the clips that the checkpoint at step {latest} was trained "
-            "on, so the run can't go on exactly; take another --workdir, or the clips as they were"
+            f"config.data.source={program.config.data.source}: not the clips that the checkpoint at step {latest} was "
+            "trained on, so the run can't go on exactly; take another --workdir, or the clips as they were"
         )
-    return checkpoints.restore(latest, abstract(like, shardings)), shardings, facts
+    return checkpoints.restore(latest, program.state_like), facts
 
 
-def draw_samples(
-    config: ConfigDict, generator: Generator, params: Any, n: int, workdir: str, writer: MetricWriter
-) -> None:
-    """Samples of `sample.prompts`, a row each, into WORKDIR/samples/<step>/ and TensorBoard."""
+def draw_samples(program: Program, params: Any, n: int, workdir: str, writer: MetricWriter | None) -> None:
+    """Samples of `sample.prompts`, a row each, into WORKDIR/samples/<step>/ and TensorBoard.
+
+    Every process draws; the one that has the writer writes.
+    """
+    config = program.config
     prompts, seeds = list(config.sample.prompts), range(4)
-    videos = sample.draw(config, generator, params, prompts, seeds=seeds)
+    videos = sample.draw(config, program.generator, params, prompts, seeds=seeds, mesh=program.mesh)
+    if writer is None:
+        return
     shown = media.grid(videos, columns=len(seeds), scale=sample.scale_for(config.sample.width))
     folder = os.path.join(workdir, "samples", f"{n:08d}")
     about = config.sample.to_dict() | {"prompts": prompts, "seeds": list(seeds), "step": n}
@@ -207,49 +223,57 @@ def _due(n: int, every: int, last: int = 0) -> bool:
 
 
 def _introduce(
-    config: ConfigDict,
+    program: Program,
     workdir: str,
-    generator: Generator,
     source: Source,
     packing: Packing,
     state: TrainState,
-    mesh: Mesh,
     tokens_seen: float,
     progress: Progress,
 ) -> Meter:
     """Says what is about to be trained, writes it where the report finds it, and makes the meter to go with it."""
+    config, mesh = program.config, program.mesh
     parameters, start = states.count(state.params), int(state.step)
     planned = range(start, start + min(packing.steps_per_epoch, 32))
-    stats = packing.stats(planned)
-    clips = [clip for n in planned for row in packing.step(n) for clip in row]
-    flops = step_flops(
-        config,
-        generator.tokenizer.geometry.features,
-        squares=sum(c.tokens**2 for c in clips) / len(planned),
-        text_squares=sum(c.text**2 for c in clips) / len(planned),
-        crossed=sum(c.tokens * c.text for c in clips) / len(planned),
-    )
-    peak, origin = peak_flops(jax.devices()[0])
+    stats, shown = packing.stats(planned), _mix(program, source, packing, planned)
+    pairs = shown.pairs(tuple(config.model.window))
+    features = program.generator.tokenizer.geometry.features
+    flops = step_flops(config, features, pairs.full, pairs.text, pairs.crossed, pairs.windowed)
+    peak, origin = peak_flops(jax.local_devices()[0])
     peak *= jax.device_count()
     facts = {
         "parameters": parameters,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
         "mesh": dict(mesh.shape),
+        "compiler_options": program.compiler_options,
         "python": platform.python_version(),
         "jax": jax.__version__,
         "peak": f"{peak / 1e12:.2f} TFLOP/s ({origin})",
         "flops_per_step": flops.useful,
     }
-    for name, value in (("environment", facts), ("packing", dataclasses.asdict(stats))):
-        media.write(os.path.join(workdir, f"{name}.json"), json.dumps(value, indent=2).encode())
+    if processes.is_lead():
+        for name, value in (("environment", facts), ("packing", dataclasses.asdict(stats))):
+            media.write(os.path.join(workdir, f"{name}.json"), json.dumps(value, indent=2).encode())
     progress.say(f"{parameters / 1e6:.1f} M parameters on {facts['devices']}, jax {jax.__version__}, {facts['mesh']}")
     progress.say(f"{len(source.sizes)} clips, {packing.steps_per_epoch} steps a pass: {stats}")
     progress.say(
-        f"{si(flops.useful)}FLOP a step (attention: {si(flops.attention_useful)}FLOP useful, "
-        f"{si(flops.attention_executed)}FLOP executed); MFU is against {facts['peak']}"
+        f"{si(flops.useful)}FLOP a step, {si(flops.attention_useful)}FLOP of it in attention; "
+        f"MFU is against {facts['peak']}"
     )
     if config.train.eval_every and config.data.source != "moving_shapes" and not config.data.holdout:
         progress.say("config.data.holdout is 0: the held-out loss is of clips that are trained on")
     progress.say(f"Going on after step {start}" if start else "Compiling the step …")
     lr = optimizers.schedule(config.optimizer, config.optimizer.lr, config.train.steps)
-    return Meter(lr, flops.useful, peak, len(clips) / len(planned), config.train.max_bad, tokens_seen)
+    clips = sum(map(len, shown.clips)) / len(planned)
+    return Meter(lr, flops.useful, peak, clips, config.train.max_bad, tokens_seen)
+
+
+def _mix(program: Program, source: Source, packing: Packing, steps: range) -> Mix:
+    """The clips of these steps, as the count of FLOPs wants them."""
+    geometry = program.generator.tokenizer.geometry
+    rows = [row for n in steps for row in packing.step(n)]
+    grids = tuple(tuple((geometry.grid(p.frames, p.height, p.width), p.text) for p in row) for row in rows)
+    seconds = program.config.model.time_in_seconds
+    tick = geometry.block[0] / float(np.median(source.sizes.fps)) * 8 if seconds else 1.0
+    return Mix("", grids, program.config.rows.tokens, len(steps), tick)

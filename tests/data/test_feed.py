@@ -1,21 +1,19 @@
 import gc
-import os
-import subprocess
-import sys
 import threading
 import time
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from vidgen.config import ConfigError, base
 from vidgen.data.clip import BadClip, Clip, ClipSizes
-from vidgen.data.feed import batches, host_rows, local_rows
+from vidgen.data.feed import batch_like, batches, counted_rows, host_rows, local_rows
 from vidgen.data.packing import Packing
 from vidgen.data.text import BEGIN, VOCAB, encode_text
 from vidgen.geometry import Geometry, from_blocks
+from vidgen.parallel.mesh import AXES
 
 GEOMETRY = Geometry(stride=(4, 8, 8), patch=(1, 1, 1), channels=16)
 CAPTIONS = ("a red ball falls", "一个红色的球落下", "é" * 30)
@@ -60,10 +58,10 @@ def setup(source=None, **changes):
     return source, Packing(source.sizes, GEOMETRY, c.rows, c.seed), GEOMETRY, c
 
 
-def sharding():
-    return NamedSharding(
-        Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp")), PartitionSpec(("data", "fsdp"))
-    )
+def mesh(*shape):
+    """Devices along data, fsdp, context and tensor; one along those that are left out."""
+    shape += (1,) * (4 - len(shape))
+    return Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), AXES)
 
 
 def assert_equal(a, b):
@@ -147,7 +145,7 @@ def test_two_hosts_make_what_one_makes():
 def test_feed_is_host_rows_from_any_step(n_threads):
     source, packing, geometry, config = setup(**{"data.threads": n_threads})
     for start, steps in ((0, 6), (4, 2), (packing.steps_per_epoch - 1, 3)):
-        with batches(source, packing, geometry, config, start, sharding()) as feed:
+        with batches(source, packing, geometry, config, start, mesh()) as feed:
             for step in range(start, start + steps):
                 batch, info = next(feed)
                 assert isinstance(batch.tokens, jax.Array) and info.wait >= 0 and info.bad == {}
@@ -169,7 +167,7 @@ def test_a_bad_clip_is_padding_and_moves_nothing(fault, reason, caplog):
     )
     source = Random(faults={bad.clip: fault})
     where = [(b, p) for b, row in enumerate(packing.step(step)) for p in row if p.clip == bad.clip]
-    with batches(source, packing, geometry, config, step, sharding()) as feed:
+    with batches(source, packing, geometry, config, step, mesh()) as feed:
         got, info = next(feed)
     assert info.bad == {reason: len(where)}
     assert set(info.bad_clips) == {(f"clip-{bad.clip}", reason)}
@@ -190,7 +188,7 @@ def test_a_bad_clip_is_padding_and_moves_nothing(fault, reason, caplog):
 
 def test_a_surprise_surfaces_with_the_name_of_the_clip():
     source, packing, geometry, config = setup(Random(faults={7: OSError("the disk is gone")}))
-    with batches(source, packing, geometry, config, 0, sharding()) as feed:
+    with batches(source, packing, geometry, config, 0, mesh()) as feed:
         for _ in range(2):  # and again, where someone goes on after it
             with pytest.raises(ConfigError, match="clip-7 .*OSError: the disk is gone"):
                 for _ in range(packing.steps_per_epoch):
@@ -198,14 +196,14 @@ def test_a_surprise_surfaces_with_the_name_of_the_clip():
 
 
 def test_threads_end_when_the_feed_is_closed_or_dropped():
-    feed = batches(*setup(), 0, sharding())
+    feed = batches(*setup(), 0, mesh())
     next(feed)
     assert threads()
     feed.close()
     wait_for_no_threads()
     with pytest.raises(StopIteration):
         next(feed)
-    feed = batches(*setup(), 0, sharding())
+    feed = batches(*setup(), 0, mesh())
     next(feed)
     del feed
     gc.collect()
@@ -213,47 +211,46 @@ def test_threads_end_when_the_feed_is_closed_or_dropped():
 
 
 def test_batches_are_ready_before_they_are_asked_for():
-    with batches(*setup(), 0, sharding()) as feed:
+    with batches(*setup(), 0, mesh()) as feed:
         next(feed)
         time.sleep(0.5)  # a step
         for _ in range(2):
             assert next(feed)[1].wait < 0.2
 
 
-SHARDED = """
-import sys; sys.path.insert(0, sys.argv[1])
-import jax, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_feed import assert_equal, batches, host_rows, setup
-mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "fsdp"))
-source, packing, geometry, config = setup()
-with batches(source, packing, geometry, config, 5, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))) as feed:
-    for step in (5, 6):
-        batch = next(feed)[0]
-        assert_equal(batch, host_rows(source, packing, geometry, config, step))
-        for row, shard in enumerate(sorted(batch.tokens.addressable_shards, key=lambda s: s.index[0].start)):
-            assert shard.data.shape[0] == 1 and shard.index[0] == slice(row, row + 1)
-print("as one device")
-"""
+@pytest.mark.parametrize("shape", [(2, 2), (1, 4), (1, 1, 4), (1, 2, 2), (2, 1, 1, 2)])
+def test_devices_share_rows_and_tokens(shape):
+    source, packing, geometry, config = setup()
+    on = mesh(*shape)
+    rows, context = shape[0] * shape[1], on.shape["context"]
+    with batches(source, packing, geometry, config, 5, on) as feed:
+        for step in (5, 6):
+            batch = next(feed)[0]
+            assert_equal(batch, host_rows(source, packing, geometry, config, step))
+            parts = (4 // rows, 64 // context)
+            for leaf in (batch.tokens, batch.coords, batch.segment, batch.level):
+                assert {shard.data.shape[:2] for shard in leaf.addressable_shards} == {parts}
+            for leaf in (*batch.context["text"], batch.clip):  # whole on each device of the context axis
+                assert {shard.data.shape for shard in leaf.addressable_shards} == {(parts[0], leaf.shape[1])}
+    np.testing.assert_array_equal(local_rows(on, 4), range(4))
+    np.testing.assert_array_equal(counted_rows(on, 4), range(4))
 
 
-def test_four_devices_share_the_rows():
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    here = os.path.dirname(__file__)
-    done = subprocess.run([sys.executable, "-c", SHARDED, here], env=env, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "as one device", done.stderr[-2000:]
+def test_the_shapes_of_a_batch_are_known_before_it_is_read():
+    source, packing, geometry, config = setup()
+    batch = host_rows(source, packing, geometry, config, 0)
+    like = batch_like(config, geometry)
+    assert jax.tree.structure(like) == jax.tree.structure(batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), like) == jax.tree.map(lambda x: (x.shape, x.dtype), batch)
 
 
-def test_rows_that_devices_cannot_share_are_a_clear_error():
-    mesh = jax.sharding.AbstractMesh((4, 2), ("data", "fsdp"))
-    with pytest.raises(ConfigError, match="config.rows.count=12: 8 devices share the rows.*nearest is 16"):
-        local_rows(NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), 12)
+def test_rows_and_tokens_that_devices_cannot_share_are_a_clear_error():
+    with pytest.raises(ConfigError, match="config.rows.count=6 does not divide over 4 devices .*; nearest: 8"):
+        batches(*setup(**{"rows.count": 6}), 0, mesh(2, 2))
+    with pytest.raises(ConfigError, match="config.rows.tokens=66 does not divide over context=4 devices; nearest: 64"):
+        batches(*setup(**{"rows.tokens": 66}), 0, mesh(1, 1, 4))
     with pytest.raises(ConfigError, match="config.data.threads=-1"):
-        batches(*setup(**{"data.threads": -1}), 0, sharding())
+        batches(*setup(**{"data.threads": -1}), 0, mesh())
 
 
 def test_text_is_bytes():

@@ -21,6 +21,7 @@ import grain
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from vidgen.batch import TokenBatch
@@ -31,6 +32,7 @@ from vidgen.data.packing import Packing, Placed, Row
 from vidgen.data.sources import Source
 from vidgen.data.text import encode_text
 from vidgen.geometry import Geometry, to_blocks
+from vidgen.parallel.mesh import ROWS, batch_shardings, check_fit
 
 AHEAD = 2  # batches on their way to the devices while a step runs
 
@@ -38,6 +40,8 @@ AHEAD = 2  # batches on their way to the devices while a step runs
 @dataclasses.dataclass(frozen=True)
 class FeedInfo:
     """What a batch says of its making, on this host.
+
+    Where the devices of several hosts share a row, each of them reads it, and one of them counts its bad clips.
 
     Attributes:
       wait: seconds that the step waited for it.
@@ -113,6 +117,23 @@ def build_row(source: Source, row: Row, geometry: Geometry, config: ConfigDict) 
     return TokenBatch(tokens, coords, segment, level=segment, context=context, clip=clips), bad
 
 
+def batch_like(config: ConfigDict, geometry: Geometry) -> TokenBatch:
+    """The shapes and types of a batch of the feed: a TokenBatch of ShapeDtypeStructs."""
+    r = config.rows
+
+    def of(*shape: int, dtype: type = np.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((r.count, *shape), dtype)
+
+    return TokenBatch(
+        tokens=of(r.tokens, math.prod(geometry.block) * 3, dtype=np.uint8),
+        coords=of(r.tokens, 3, dtype=np.float32),
+        segment=of(r.tokens),
+        level=of(r.tokens),
+        context={"text": (of(r.text), of(r.text))},
+        clip=of(r.segments),
+    )
+
+
 def _read(source: Source, placed: Placed) -> Clip:
     """The clip, if it is what the index says."""
     clip = source.read(placed.clip, placed.epoch)
@@ -137,27 +158,25 @@ def _stack(rows: Sequence[TokenBatch]) -> TokenBatch:
 
 
 def batches(
-    source: Source,
-    packing: Packing,
-    geometry: Geometry,
-    config: ConfigDict,
-    start_step: int,
-    mesh_sharding: jax.sharding.NamedSharding,
+    source: Source, packing: Packing, geometry: Geometry, config: ConfigDict, start_step: int, mesh: Mesh
 ) -> Batches:
     """The batches of steps start_step, start_step + 1, … without end, each on the devices before it is asked for.
+
+    A host reads the rows that its devices hold any part of, and no others. Where the context axis runs over several
+    hosts, they share rows, and each of them reads and decodes the whole row.
 
     Args:
       source, packing, geometry, config: as for `host_rows`.
       start_step: the first step.
-      mesh_sharding: of the rows: PartitionSpec(("data", "fsdp")), say. A host reads only the rows of its devices.
+      mesh: on which the batches lie by `mesh.batch_shardings`: rows over data and fsdp, tokens over context.
 
     Returns:
       An iterator of (TokenBatch of global arrays, FeedInfo). Close it, use it in a `with`, or drop it: its threads end.
 
     Raises:
-      ConfigError: rows that the devices can't share equally.
+      ConfigError: rows or tokens that the devices can't share equally.
     """
-    return Batches(source, packing, geometry, config, start_step, mesh_sharding)
+    return Batches(source, packing, geometry, config, start_step, mesh)
 
 
 class Batches(Iterator[tuple[TokenBatch, FeedInfo]]):
@@ -170,13 +189,14 @@ class Batches(Iterator[tuple[TokenBatch, FeedInfo]]):
         geometry: Geometry,
         config: ConfigDict,
         start_step: int,
-        sharding: jax.sharding.NamedSharding,
+        mesh: Mesh,
     ):
-        local = local_rows(sharding, config.rows.count)
+        check_fit(dict(mesh.shape), config.rows.count, config.rows.tokens)
+        local = local_rows(mesh, config.rows.count)
         rows = _grain_rows(source, packing, geometry, config, start_step, local)
         self._queue: queue.Queue = queue.Queue(AHEAD)
         stop = threading.Event()
-        place = _Placement(sharding, config.rows.count, local)
+        place = Placement(mesh, config, geometry)
         # The thread knows nothing of this object, so that dropping the object ends the thread.
         thread = threading.Thread(
             target=_work, args=(rows, place, source, self._queue, stop), name="vidgen-feed", daemon=True
@@ -205,20 +225,18 @@ class Batches(Iterator[tuple[TokenBatch, FeedInfo]]):
         self.close()
 
 
-def local_rows(sharding: jax.sharding.NamedSharding, count: int) -> np.ndarray:
-    """Which of a step's rows this host's devices hold, in order."""
-    try:
-        slices = sharding.addressable_devices_indices_map((count,)).values()
-    except ValueError:
-        axis = sharding.spec[0] if len(sharding.spec) else ()
-        axes = axis if isinstance(axis, tuple) else (axis,)
-        devices = int(np.prod([sharding.mesh.shape[name] for name in axes if name]))
-        nearest = max(round(count / devices), 1) * devices
-        raise ConfigError(
-            f"config.rows.count={count}: {devices} devices share the rows, so it must be a multiple of {devices};"
-            f" the nearest is {nearest}"
-        ) from None
-    return np.unique(np.concatenate([np.arange(count)[index] for index in slices]))
+def local_rows(mesh: Mesh, count: int) -> np.ndarray:
+    """Which of a step's rows this host's devices hold any part of, in order."""
+    held = NamedSharding(mesh, ROWS).addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[index] for index in held]))
+
+
+def counted_rows(mesh: Mesh, count: int) -> np.ndarray:
+    """Those of `local_rows` that this host answers for, where it shares them: each row has one such host."""
+    owner = np.full(count, jax.process_count())
+    for device, index in NamedSharding(mesh, ROWS).devices_indices_map((count,)).items():
+        owner[index] = np.minimum(owner[index], device.process_index)
+    return np.flatnonzero(owner == jax.process_index())
 
 
 def _grain_rows(
@@ -244,28 +262,34 @@ def _grain_rows(
     return iter(rows.to_iter_dataset(options))
 
 
-class _Placement:
-    """Host rows → global arrays."""
+class Placement:
+    """This host's rows → global arrays on the mesh.
 
-    def __init__(self, sharding: jax.sharding.NamedSharding, count: int, local: np.ndarray):
-        self.local = local
-        self._sharding, self._count = sharding, count
+    Attributes:
+      local: which of a step's rows it is to be given, in this order.
+      counted: those of them that this host answers for.
+    """
+
+    def __init__(self, mesh: Mesh, config: ConfigDict, geometry: Geometry):
+        self.local, self.counted = local_rows(mesh, config.rows.count), counted_rows(mesh, config.rows.count)
+        self._like = batch_like(config, geometry)
+        self._shardings = batch_shardings(mesh, self._like)
 
     def __call__(self, batch: TokenBatch) -> TokenBatch:
-        def put(leaf: np.ndarray) -> jax.Array:
+        """[b,…] NumPy arrays of the local rows → [B,…] global ones."""
+
+        def put(leaf: np.ndarray, like: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
             def piece(index: tuple[slice, ...]) -> np.ndarray:
-                first = np.searchsorted(self.local, index[0].start or 0)
-                stop = np.searchsorted(self.local, self._count if index[0].stop is None else index[0].stop)
-                return leaf[(slice(first, stop), *index[1:])]
+                first, stop, _ = index[0].indices(like.shape[0])
+                return leaf[(slice(*np.searchsorted(self.local, (first, stop))), *index[1:])]
 
-            shape = (self._count, *leaf.shape[1:])
-            return jax.make_array_from_callback(shape, self._sharding, piece)
+            return jax.make_array_from_callback(like.shape, sharding, piece)
 
-        return jax.tree.map(put, batch)
+        return jax.tree.map(put, batch, self._like, self._shardings)
 
 
 def _work(
-    rows: grain.DatasetIterator, place: _Placement, source: Source, out: queue.Queue, stop: threading.Event
+    rows: grain.DatasetIterator, place: Placement, source: Source, out: queue.Queue, stop: threading.Event
 ) -> None:
     """Thread: rows → batches on the devices → `out`, until told to stop or something is raised."""
     logged: set[tuple[int, str]] = set()
@@ -283,11 +307,13 @@ def _work(
                 if (clip, reason) not in logged:
                     logging.warning("clip %s (index %d) is left out: %s", source.name(clip), clip, reason)
                     logged.add((clip, reason))
-            info = FeedInfo(
-                wait=0.0,
-                bad=dict(Counter(reason for _, reason in bad)),
-                bad_clips=tuple((source.name(clip), reason) for clip, reason in bad),
-            )
+            answered = [
+                (source.name(clip), reason)
+                for row, (_, row_bad) in zip(place.local, built, strict=True)
+                if row in place.counted
+                for clip, reason in row_bad
+            ]
+            info = FeedInfo(0.0, dict(Counter(reason for _, reason in answered)), tuple(answered))
             _put(out, (place(_stack([row for row, _ in built])), info), stop)
     except BaseException as error:
         _put(out, error, stop)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from vidgen.data import feed
@@ -20,8 +23,8 @@ from vidgen.training.step import row_keys
 LEVELS = 8
 
 
-def heldout_loss(config: ConfigDict, generator: Generator, rows: NamedSharding) -> Callable[[Any], dict[str, float]]:
-    """params → {"heldout_loss", "heldout_loss/level_0" … "level_7"}.
+def heldout_loss(config: ConfigDict, generator: Generator, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+    """params → {"heldout_loss", "heldout_loss/level_0" … "level_7"}, the same on every process, which all call it.
 
     The same rows of clips (`train.eval_rows`, rounded up to whole steps), noise and levels every time: the middles of
     eighths of the levels trained on, from little noise to much. `heldout_loss` is their mean.
@@ -31,20 +34,21 @@ def heldout_loss(config: ConfigDict, generator: Generator, rows: NamedSharding) 
     geometry = generator.tokenizer.geometry
     packing = Packing(source.sizes, geometry, config.rows, config.seed)
     steps = max(1, -(-config.train.eval_rows // config.rows.count))
+    place = feed.Placement(mesh, config, geometry)
 
-    @jax.jit
-    def sums(params, batch, keys):
-        return flow.heldout_sums(generator, params, batch, keys, config.objective, LEVELS)
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
+    def sums(params, batch, step):
+        keys = row_keys(config.seed + 1, step, config.rows.count)  # not the keys that this step trains with
+        errors, weight = flow.heldout_sums(generator, params, batch, keys, config.objective, LEVELS)
+        return errors, weight, jnp.sum(batch.clip >= 0)
 
     def loss(params: Any) -> dict[str, float]:
         total, tokens, unreadable = np.zeros(LEVELS), 0.0, 0
         for n in range(steps):
-            batch = feed.host_rows(source, packing, geometry, config, n)
-            unreadable += sum(map(len, packing.step(n))) - int((batch.clip >= 0).sum())
-            batch = jax.device_put(batch, rows)
-            # Not the keys that step n trains with.
-            errors, weight = sums(params, batch, row_keys(config.seed + 1, np.int32(n), config.rows.count))
+            batch = place(feed.host_rows(source, packing, geometry, config, n, place.local))
+            errors, weight, clips = jax.device_get(sums(params, batch, np.int32(n)))
             total, tokens = total + np.asarray(errors, np.float64), tokens + float(weight)
+            unreadable += sum(map(len, packing.step(n))) - int(clips)
         by_level = total / max(tokens, 1.0)
         levels = {f"heldout_loss/level_{i}": float(x) for i, x in enumerate(by_level)}
         return {"heldout_loss": float(by_level.mean()), "heldout_unreadable": float(unreadable)} | levels

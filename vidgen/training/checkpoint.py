@@ -7,7 +7,6 @@ import logging
 import os
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
@@ -25,6 +24,7 @@ MAY_CHANGE = (
     "data.source",
     "data.threads",
     "data.prefetch",
+    "model.attention",
     "model.remat",
     "model.unroll",
 )
@@ -156,6 +156,20 @@ def write_config(workdir: str, config: ConfigDict) -> list[str]:
     return changed
 
 
+def check_config(workdir: str, config: ConfigDict) -> None:
+    """Raises ConfigError unless this process finds its own config in the workdir, where process 0 has written its."""
+    if not os.path.exists(os.path.join(workdir, "config.json")):
+        raise ConfigError(
+            f"{workdir}: process 0 has written config.json there, and it can't be seen from here; expected a workdir "
+            "on a file system that all processes share"
+        )
+    if differing := configs.difference(read_config(workdir), config):
+        raise ConfigError(
+            f"process 0 was started with another config: it differs in {', '.join(differing[:5])}; expected the same "
+            "command for all"
+        )
+
+
 def read_config(workdir: str) -> ConfigDict:
     """The config of a workdir; raises ConfigError where there is none."""
     path = os.path.join(workdir, "config.json")
@@ -166,8 +180,3 @@ def read_config(workdir: str) -> ConfigDict:
         raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that `vidgen train` made") from None
     except ValueError as e:
         raise ConfigError(f"{path}: not the config of a run ({e})") from None
-
-
-def abstract(tree: Any, shardings: Any) -> Any:
-    """ShapeDtypeStructs with shardings, for `Checkpoints.restore`."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

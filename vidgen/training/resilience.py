@@ -28,13 +28,18 @@ class StopSignal:
         """Whether to stop after this step."""
         return bool(self.name)
 
+    @property
+    def number(self) -> int:
+        """Of the signal that asks to stop; 0 where none has come."""
+        return signal.Signals[self.name].value if self.requested else 0
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.name:
             self._restore()
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
         # Not print, which the signal may have interrupted.
-        os.write(2, f"\n{self.name}: stopping after this step and saving; once more to stop at once\n".encode())
+        os.write(2, f"\n{self.name}: stopping after a step and saving; once more to stop at once\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

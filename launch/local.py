@@ -1,0 +1,196 @@
+#!/usr/bin/env python3
+"""Runs `vidgen` as several processes on this machine's CPU, each with devices of its own, just as a pod would: they
+meet at a coordinator, each feeds its own devices and each writes its part of the checkpoints.
+
+  python launch/local.py --processes 2 --devices 2 -- train --config configs/quickstart.py --workdir runs/a
+
+For trying out a mesh before a pod is rented, and for tests: it is no faster than one process. What the mesh is, the
+config says: --config.mesh.fsdp=2, say.
+
+Process 0 speaks on the terminal; each process has its log in WORKDIR/logs/rank-N.log. Ctrl-C and SIGTERM are passed on
+to all; one that gets SIGTERM alone tells the others, so that all save after the same step. When one process fails, the
+others are ended, and the end of its log is shown. The exit status is that of process 0, or of the one that failed
+first. A first argument that ends with .py is a script to run instead of vidgen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import BinaryIO
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+GRACE = 2.0  # seconds that those who are left have to end by themselves when one has failed
+STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM}  # exit status of a run that was asked to stop, and has saved
+TAIL = 15  # lines of the log of a process that failed
+
+
+def main() -> int:
+    """Parses the command line and runs it; the exit status."""
+    options, command = parse(sys.argv[1:])
+    logs = pathlib.Path(options.logs)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        return fail(f"--logs={logs}: {e.strerror}; expected a directory that can be written")
+    return run(command, options.processes, options.devices, logs)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(options, the command to run); exits with 2 and one line for what can't be used."""
+    description, _, more = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="local.py",
+        usage="python launch/local.py [--processes N] [--devices D] [--logs DIR] -- VERB …",
+        description=description,
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="how many, 2 unless given")
+    parser.add_argument("--devices", type=int, default=1, metavar="D", help="CPU devices of each, 1 unless given")
+    parser.add_argument("--logs", metavar="DIR", help="where rank-N.log are written; WORKDIR/logs unless given")
+    own, found, command = (
+        (argv, "", []) if "--" not in argv else (argv[: argv.index("--")], "--", argv[argv.index("--") + 1 :])
+    )
+    options = parser.parse_args(own)
+    for name in ("processes", "devices"):
+        if getattr(options, name) < 1:
+            sys.exit(fail(f"--{name}={getattr(options, name)}: expected at least 1"))
+    if not (found and command):
+        sys.exit(fail("nothing to run: expected -- and a verb of vidgen, as in -- train --config … --workdir …"))
+    if options.logs is None:
+        workdir = workdir_of(command)
+        if workdir is None:
+            sys.exit(fail("--logs is missing, and the command has no --workdir to put logs into"))
+        options.logs = os.path.join(workdir, "logs")
+    return options, command
+
+
+def workdir_of(command: list[str]) -> str | None:
+    """What --workdir=DIR or --workdir DIR says."""
+    for argument, following in zip(command, [*command[1:], None], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in ("--workdir", "-workdir"):
+            return value if equals else following
+    return None
+
+
+def run(command: list[str], count: int, devices: int, logs: pathlib.Path) -> int:
+    """Runs `count` processes to their end; the exit status."""
+    what = command if command[0].endswith(".py") else ["-m", "vidgen.cli", *command]
+    port = free_port()
+    ranks: list[subprocess.Popen] = []
+    before: list[int] = []  # bytes in each log, of earlier runs
+    copying: list[threading.Thread] = []
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()  # ranks, in the order in which they end
+    asked = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        asked.append(number)
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    for rank in range(count):
+        log = open(logs / f"rank-{rank}.log", "ab", buffering=0)  # noqa: SIM115 - open to the end
+        before.append(log.tell())
+        pipe = subprocess.PIPE if rank == 0 else log
+        # A session of its own, so that a Ctrl-C on the terminal comes once, through this process.
+        process = subprocess.Popen(
+            [sys.executable, *what],
+            env=environment(rank, count, devices, port),
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe if rank == 0 else subprocess.STDOUT,
+            start_new_session=True,
+        )
+        ranks.append(process)
+        if rank == 0:
+            for source, terminal in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)):
+                copying.append(threading.Thread(target=copy, args=(source, terminal, log), daemon=True))
+        copying.append(threading.Thread(target=lambda rank=rank: ended.put((ranks[rank].wait(), rank)[1]), daemon=True))
+    for thread in copying:
+        thread.start()
+    if asked:  # before all had started
+        pass_on(asked[0], None)
+
+    failed = None
+    for _ in ranks:
+        rank = ended.get()
+        status = ranks[rank].returncode
+        if failed is None and status and status not in STOPPED and -status not in asked:
+            failed = rank
+            end([p for p in ranks if p.poll() is None])
+    for thread in copying:
+        thread.join(timeout=5)
+    status = ranks[failed or 0].returncode
+    if failed is None:
+        return 128 - status if status < 0 else status
+    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
+    log = logs / f"rank-{failed}.log"
+    print(f"local.py: process {failed} of {count} {how}; the others were ended. {log} ends with:", file=sys.stderr)
+    for line in log.read_bytes()[before[failed] :].decode(errors="replace").splitlines()[-TAIL:]:
+        print(f"  {line}", file=sys.stderr)
+    return 128 - status if status < 0 else status
+
+
+def environment(rank: int, count: int, devices: int, port: int) -> dict[str, str]:
+    """What a process finds: who it is, where the others are, how many devices it has."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return os.environ | {
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "VIDGEN_COORDINATOR": f"127.0.0.1:{port}",
+        "VIDGEN_PROCESSES": str(count),
+        "VIDGEN_PROCESS": str(rank),
+    }
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def copy(source: BinaryIO, terminal: BinaryIO, log: BinaryIO) -> None:
+    """Everything from `source` to both, whole lines, as they come."""
+    for line in source:
+        log.write(line)
+        try:
+            terminal.write(line)
+            terminal.flush()
+        except OSError:  # the terminal has gone; the log stays
+            pass
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    """Waits for them, and then no longer: without the one that failed they can't go on, nor save."""
+    until = time.monotonic() + GRACE
+    for process in processes:
+        try:
+            process.wait(max(until - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def fail(message: str) -> int:
+    """Says what is wrong; the exit status for it."""
+    print(f"local.py: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
