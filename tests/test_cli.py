@@ -64,5 +64,5 @@ def test_a_wrong_call_ends_in_one_line(argv, says, capsys, monkeypatch):
 
 
 def test_settings_may_be_given_with_and_without_equals():
-    rest, changes = cli._settings(["--config=a.py", "--config.train.steps=3", "--config.seed", "4", "--json"])
+    rest, changes = cli._settings(["--config=a.py", "--config.train.steps=3", "--config.seed", "4", "--json"], "train")
     assert rest == ["--config=a.py", "--json"] and changes == {"train.steps": "3", "seed": "4"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -19,15 +20,16 @@ vidgen trains video generation models.
   vidgen report   --workdir runs/a                                     runs/a/report.html: curves, samples, figures
   vidgen ingest   --input VIDEOS --output SHARDS                       your own video files, made ready to train on
   vidgen inspect  SHARDS                                               what is in a data set, and what was dropped
+  vidgen plan     --config configs/dit_10b_60k.py --topology v5p:4x8x8  memory, collectives, time and cost of a pod run
 
 `vidgen VERB --help` explains a verb and its flags. Any setting of a config can be given as --config.KEY=VALUE to
-train; vidgen/config.py lists them all. With --json the last line of stdout is one JSON object.
+train and plan; vidgen/config.py lists them all. With --json the last line of stdout is one JSON object.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag: `kind` is str, int, float, or a list of one of them for a flag that may be given several times."""
+    """A flag: `kind` is str, int, float, bool, or a list of one of them for a flag that may be given several times."""
 
     name: str
     kind: Any
@@ -41,12 +43,14 @@ class Verb:
     """A verb. `call` gets the flags' values by name, and returns what --json prints, "exit" apart: the exit status.
 
     positional: name of the one argument without a flag, if the verb takes one.
+    settings: whether --config.KEY=VALUE is taken; `call` gets them as `changes`.
     """
 
     call: Callable[..., dict[str, Any]]
     help: str
     flags: tuple[Flag, ...]
     positional: str = ""
+    settings: bool = False
 
 
 def _train(config: str, workdir: str, input: str | None, changes: dict[str, str]) -> dict[str, Any]:
@@ -98,6 +102,27 @@ def _inspect(dataset: str, output: str) -> dict[str, Any]:
     return inspect.run(dataset, output)
 
 
+def _plan(
+    config: str | None, topology: str | None, all: bool, search: bool, changes: dict[str, str], **rest: Any
+) -> dict[str, Any]:
+    # Before JAX is imported: plans are made on a CPU, whatever the machine has.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from vidgen import config as configs
+
+    if all:
+        from vidgen import plan
+
+        return plan.run_all(rest["price"])
+    if not config or not topology:
+        raise configs.ConfigError("expected --config FILE and --topology CHIP:SHAPE, such as v5p:4x8x8, or --all")
+    c = configs.load(config, changes)
+    from vidgen import plan
+
+    if search:
+        return plan.search(c, topology, **{name: rest[name] for name in ("tokens", "price", "abstract")})
+    return plan.run(c, topology, **rest)
+
+
 _DRAWING = (
     Flag("step", int, "Which checkpoint; the newest unless given."),
     Flag("frames", int, "Frames of a clip; here and below, the config's unless given."),
@@ -120,6 +145,7 @@ VERBS = {
             _WORKDIR,
             Flag("input", str, "Clips to train on, instead of config.data.source: a directory of shards, tfds:NAME."),
         ),
+        settings=True,
     ),
     "sample": Verb(
         _sample,
@@ -173,6 +199,23 @@ VERBS = {
             Flag("crf", float, "Quality of the x264 encoding, 0 (best) to 51.", 16.0),
         ),
     ),
+    "plan": Verb(
+        _plan,
+        "Compiles the very step that trains for TPUs or GPUs that are not there, and says whether it fits, what it "
+        "moves between devices and, by an estimate, how long it takes and what it costs.",
+        (
+            Flag("config", str, "Python file with get_config(arg) -> ConfigDict: FILE or FILE:arg."),
+            Flag("topology", str, "v5p:4x8x8, 2*v6e:16x16 (two slices), h100:32x8 (hosts x GPUs)."),
+            Flag("mesh", str, "fsdp=32,context=8; the config's, refitted to the topology, unless given.", ""),
+            Flag("mode", str, "train, or sample: drawing one clip of config.sample's size.", "train"),
+            Flag("tokens", float, "To train on in all, for days and cost; config.train.steps' unless given.", 0.0),
+            Flag("price", float, "Of a chip-hour, in any currency."),
+            Flag("search", bool, "Ranks meshes x microbatches x remat x attention, and compiles the best six.", False),
+            Flag("abstract", bool, "Arithmetic only, in seconds: nothing is compiled.", False),
+            Flag("all", bool, "Plans the large configs on the machines they are for, and prints a table.", False),
+        ),
+        settings=True,
+    ),
     "inspect": Verb(
         _inspect,
         "Prints what is in a data set and what was dropped and why, and writes a contact sheet.",
@@ -204,7 +247,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     values = _parse(name, VERBS[name], rest)
     as_json = values.pop("json")
     from vidgen.config import ConfigError
+    from vidgen.planning import libtpu
 
+    libtpu.settle()  # else it complains, where it is installed and there is no TPU
     try:
         result = VERBS[name].call(**values)
     except (ConfigError, OSError) as e:
@@ -225,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(name: str, verb: Verb, argv: list[str]) -> dict[str, Any]:
-    """Values of the flags by name; train's --config.KEY=VALUE stand under `changes`."""
+    """Values of the flags by name; settings, --config.KEY=VALUE, stand under `changes`."""
     from absl import flags
 
     values = flags.FlagValues()
@@ -236,14 +281,15 @@ def _parse(name: str, verb: Verb, argv: list[str]) -> dict[str, Any]:
             (str, False): flags.DEFINE_string,
             (int, False): flags.DEFINE_integer,
             (float, False): flags.DEFINE_float,
+            (bool, False): flags.DEFINE_boolean,
             (str, True): flags.DEFINE_multi_string,
             (int, True): flags.DEFINE_multi_integer,
         }[kind, isinstance(flag.kind, list)]
         define(flag.name, [] if isinstance(flag.kind, list) else flag.default, flag.help, flag_values=values)
 
     changes = {}
-    if name == "train":
-        argv, changes = _settings(argv)
+    if verb.settings:
+        argv, changes = _settings(argv, name)
     try:
         positional = values([name, *argv])[1:]
     except flags.Error as e:
@@ -260,10 +306,10 @@ def _parse(name: str, verb: Verb, argv: list[str]) -> dict[str, Any]:
         _fail(f"unexpected argument {positional[0]!r}; flags begin with --", name)
     # Grain reads absl's global flags, which nobody else parses.
     flags.FLAGS.mark_as_parsed()
-    return found | {"json": values.json} | ({"changes": changes} if name == "train" else {})
+    return found | {"json": values.json} | ({"changes": changes} if verb.settings else {})
 
 
-def _settings(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+def _settings(argv: list[str], verb: str) -> tuple[list[str], dict[str, str]]:
     """Takes --config.KEY=VALUE and --config.KEY VALUE out of the arguments."""
     rest, changes = [], {}
     arguments = iter(argv)
@@ -275,7 +321,7 @@ def _settings(argv: list[str]) -> tuple[list[str], dict[str, str]]:
         if not equals:
             value = next(arguments, None)
             if value is None:
-                _fail(f"{key}: expected a value, as in {key}=VALUE", "train")
+                _fail(f"{key}: expected a value, as in {key}=VALUE", verb)
         changes[key.split(".", 1)[1]] = value
     return rest, changes
 
@@ -285,9 +331,9 @@ def _help(name: str, verb: Verb) -> str:
     usage += "".join(f" --{flag.name} …" for flag in verb.flags if flag.required)
     lines = [usage, "", verb.help, ""]
     for flag in verb.flags:
-        shown = "" if flag.default in (None, "", 0) else f" [{flag.default}]"
+        shown = "" if flag.default in (None, "", 0, False) else f" [{flag.default}]"
         lines.append(f"  --{flag.name:<13} {flag.help}{shown}")
-    if name == "train":
+    if verb.settings:
         lines.append("  --config.KEY=VALUE  any setting of vidgen/config.py, as --config.train.steps=2000")
     return "\n".join([*lines, f"  --{'json':<13} the last line of stdout is one JSON object"])
 

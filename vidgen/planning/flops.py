@@ -1,4 +1,9 @@
-"""Floating-point operations of the denoiser, counted from its shapes: a multiply and an add are two."""
+"""Floating-point operations and parameters of the denoiser, counted from its shapes: a multiply and an add are two.
+
+Useful is what the mathematics asks for: products forward, twice that backward, attention between tokens that see each
+other. Executed is what a device runs: attention by whole blocks, a backward kernel that computes scores again, and
+whatever rematerialisation computes twice. Norms, activations and the pick of modulation are not counted.
+"""
 
 from __future__ import annotations
 
@@ -6,47 +11,256 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from vidgen.data.text import VOCAB
+from vidgen.geometry import Geometry
+
+SINUSOIDS, PLACES = 256, 3 * 64  # numbers that tell a noise level and a place
+NGRAMS, BUCKETS = 4, 4096  # of the text encoder's hashed embeddings
+
+# Products that attention runs backward for each forward's two. With the scores in memory four; a flash kernel computes
+# the scores again; one that makes the gradients of queries and of keys in two passes does so twice, and dP with them.
+BACKWARD = {"dense": 4, "blockwise": 5, "cudnn": 5, "splash": 5, "splash_unfused": 7}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """(query, key) pairs of one step, over all its rows, in one layer of each kind.
+
+    Attributes:
+      full: of self-attention over the whole clip; useful: Σ over clips of tokens².
+      windowed: of self-attention within windows; useful: Σ over windows of tokens²; the mean of moved and not.
+      crossed: of tokens and their captions; useful: Σ over clips of tokens · text tokens.
+      text: of the text encoder; useful: Σ over clips of text tokens².
+    """
+
+    full: float
+    windowed: float
+    crossed: float
+    text: float
+
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one training step: forward and twice that backward, recomputation apart.
+    """FLOPs of one training step, over all devices.
 
     Attributes:
-      matmul: of all matrix products with weights, of whole rows, padding included.
-      attention_useful: of scores and values between tokens of one clip, and between a clip and its caption.
-      attention_executed: of those that are computed: whole rows, since masked scores are computed too.
+      matmul: of all matrix products with weights, of whole rows, padding included, forward and twice that backward.
+      attention_useful: of scores and values between tokens that see each other, forward and twice that backward.
+      attention_forward, attention_backward: of the attention that is run, once forward and once backward.
+      matmul_recomputed, attention_recomputed: of what the backward pass runs again because it was not kept.
     """
 
     matmul: float
     attention_useful: float
-    attention_executed: float
+    attention_forward: float
+    attention_backward: float
+    matmul_recomputed: float = 0.0
+    attention_recomputed: float = 0.0
 
     @property
     def useful(self) -> float:
         """What MFU counts."""
         return self.matmul + self.attention_useful
 
+    @property
+    def attention_executed(self) -> float:
+        """Of attention, recomputation apart."""
+        return self.attention_forward + self.attention_backward
 
-def step_flops(config: ConfigDict, features: int, squares: float, text_squares: float, crossed: float) -> StepFlops:
+    @property
+    def recomputed(self) -> float:
+        """Run a second time."""
+        return self.matmul_recomputed + self.attention_recomputed
+
+    @property
+    def executed(self) -> float:
+        """All that runs."""
+        return self.matmul + self.attention_executed + self.recomputed
+
+    @property
+    def recomputed_fraction(self) -> float:
+        """Recomputed / executed."""
+        return self.recomputed / self.executed
+
+
+def hidden(width: int, ratio: float) -> int:
+    """Hidden width of an MLP, as `vidgen.models.blocks.Mlp` has it."""
+    return int(width * ratio)
+
+
+def full_layers(m: ConfigDict) -> int:
+    """How many of the layers of `config.model` attend to the whole clip and not to windows."""
+    if not m.window or m.full_every == 1:
+        return m.layers
+    return m.layers // m.full_every if m.full_every else 0
+
+
+def products(config: ConfigDict, tokens: float, texts: float, levels: float) -> dict[str, float]:
+    """FLOPs of the forward products with weights in all blocks, by the name of the tensor they make.
+
+    The names are those of rematerialisation (`vidgen/models/remat.py`), and "modulation", which has none there and is
+    always computed again where anything is.
+
+    Args:
+      tokens, texts, levels: video tokens, text tokens and noise levels in all rows.
+    """
+    m = config.model
+    one = m.layers * 2 * m.width**2  # a square product, a token
+    mlp = m.layers * 2 * m.width * hidden(m.width, m.mlp_ratio)
+    return {
+        "query": one * tokens,
+        "key": one * tokens,
+        "value": one * tokens,
+        "attention_project": one * tokens,
+        "cross_query": one * tokens,
+        "cross_project": one * tokens,
+        "mlp_up": mlp * tokens,
+        "mlp_down": mlp * tokens,
+        "cross_key": m.layers * 2 * text_width(config) * m.width * texts,
+        "cross_value": m.layers * 2 * text_width(config) * m.width * texts,
+        "modulation": 0.0 if m.shared_modulation else 6 * one * levels,
+    }
+
+
+def ends(config: ConfigDict, features: int, tokens: float, texts: float, levels: float) -> float:
+    """FLOPs of the forward products outside blocks: first and last layer, noise levels, the text encoder."""
+    m, t = config.model, config.text
+    flops = tokens * 2 * m.width * (2 * features + (PLACES if m.absolute else 0))
+    flops += levels * 2 * m.width * (SINUSOIDS + m.width + 2 * m.width + (6 * m.width if m.shared_modulation else 0))
+    if m.text_mlp:
+        flops += texts * 2 * m.width * (t.width + m.width)
+    return flops + texts * t.layers * 2 * (4 + 2 * 4) * t.width**2
+
+
+def text_width(config: ConfigDict) -> int:
+    """Width of the text that blocks attend to."""
+    return config.model.width if config.model.text_mlp else config.text.width
+
+
+def attention(config: ConfigDict, pairs: Pairs) -> tuple[float, float]:
+    """FLOPs of one attention product, scores say, in all layers: (of self-attention, of cross and the text encoder)."""
+    m, t = config.model, config.text
+    full = full_layers(m)
+    own = 2 * m.width * (full * pairs.full + (m.layers - full) * pairs.windowed)
+    return own, 2 * (m.width * m.layers * pairs.crossed + t.width * t.layers * pairs.text)
+
+
+def whole_rows(config: ConfigDict) -> Pairs:
+    """The pairs of attention that skips nothing: masked scores are computed too."""
+    r = config.rows
+    return Pairs(
+        full=r.count * r.tokens**2,
+        windowed=r.count * r.tokens**2,
+        crossed=r.count * r.tokens * r.text,
+        text=r.count * r.text**2,
+    )
+
+
+def step_flops(
+    config: ConfigDict,
+    features: int,
+    squares: float,
+    text_squares: float,
+    crossed: float,
+    windowed: float = 0.0,
+    *,
+    executed: Pairs | None = None,
+    saved: frozenset[str] | None = None,
+    kernel: str = "dense",
+) -> StepFlops:
     """FLOPs of a step of `config`.
 
     Args:
       features: P, width of a token.
-      squares: Σ over the step's clips of tokens².
-      text_squares: Σ over the step's clips of (text tokens)².
-      crossed: Σ over the step's clips of tokens · text tokens.
+      squares, text_squares, crossed, windowed: the useful pairs of the step, as `Pairs` has them.
+      executed: the pairs that are computed; None: all of whole rows.
+      saved: names of the tensors that the backward pass does not compute again (`vidgen.models.remat.saved`); None,
+        for the preset "none": no block is computed again.
+      kernel: of attention, a key of `BACKWARD`.
     """
-    m, t, r = config.model, config.text, config.rows
-    width, ratio = m.width, m.mlp_ratio
+    r = config.rows
     tokens, texts, levels = r.count * r.tokens, r.count * r.text, r.count * (r.segments + 1)
+    by_name = products(config, tokens, texts, levels)
+    forward = sum(by_name.values()) + ends(config, features, tokens, texts, levels)
+    useful = sum(attention(config, Pairs(squares, windowed, crossed, text_squares)))
+    own, other = attention(config, executed or whole_rows(config))
+    cross = 2 * config.model.width * config.model.layers * (executed or whole_rows(config)).crossed
 
-    block = tokens * (2 * 4 * width**2 + 2 * 2 * width**2 + 2 * 2 * ratio * width**2)  # self, cross (q, out), MLP
-    block += texts * 2 * 2 * t.width * width + levels * 2 * 6 * width**2  # cross (k, v), modulation
-    ends = tokens * 2 * 2 * features * width + levels * 2 * (256 + 3 * width) * width
-    ends += tokens * 2 * 3 * 64 * width if m.absolute else 0
-    text = texts * t.layers * (2 * 4 + 2 * 2 * 4) * t.width**2
-    forward = m.layers * block + ends + text
+    again, attention_again = 0.0, 0.0
+    if saved is not None:
+        again = sum(flops for name, flops in by_name.items() if name not in saved)
+        attention_again += 0 if saved >= {"attention_out", "attention_lse"} else 2 * own
+        attention_again += 0 if saved >= {"cross_out", "cross_lse"} else 2 * cross
+    return StepFlops(
+        matmul=3.0 * forward,
+        attention_useful=6.0 * useful,
+        attention_forward=2.0 * (own + other),
+        attention_backward=float(BACKWARD[kernel]) * (own + other),
+        matmul_recomputed=again,
+        attention_recomputed=attention_again,
+    )
 
-    useful = 4 * (m.layers * width * (squares + crossed) + t.layers * t.width * text_squares)
-    executed = 4 * r.count * (m.layers * width * r.tokens * (r.tokens + r.text) + t.layers * t.width * r.text**2)
-    return StepFlops(3.0 * forward, 3.0 * useful, 3.0 * executed)
+
+def sample_flops(
+    config: ConfigDict,
+    geometry: Geometry,
+    frames: int,
+    height: int,
+    width: int,
+    steps: int,
+    guidance: float,
+    windowed: float = 0.0,
+) -> StepFlops:
+    """FLOPs of one generated clip: forward only, twice where guidance is not 1, so `useful` is what is executed.
+
+    The clip is alone in a row without padding, its caption as long as captions may be (`config.rows.caption`), and is
+    encoded once. The tokenizer's decoder isn't counted.
+
+    Args:
+      frames, height, width: of the clip; sizes that do not cut into tokens grow to the next that do.
+      steps: of `config.sample.solver`; heun evaluates the model twice in all but the last.
+      windowed: Σ over the clip's windows of tokens², where the model has windows.
+    """
+    tokens, texts, levels = geometry.tokens(*geometry.cover(frames, height, width)), config.rows.caption, 2
+    evaluations = (2 * steps - 1 if config.sample.solver == "heun" else steps) * (1 if guidance == 1 else 2)
+    text = texts * config.text.layers * 2 * (4 + 2 * 4) * config.text.width**2
+    text_squares = 2 * 2 * config.text.width * config.text.layers * texts**2
+    matmul = sum(products(config, tokens, texts, levels).values())
+    matmul += ends(config, geometry.features, tokens, texts, levels) - text
+    own, crossed = attention(config, Pairs(tokens**2, windowed, tokens * texts, 0))
+    attended = 2 * evaluations * (own + crossed) + text_squares
+    return StepFlops(evaluations * matmul + text, attended, attended, 0.0)
+
+
+def block_parameters(config: ConfigDict) -> int:
+    """Of one block of the denoiser."""
+    m = config.model
+    inner = hidden(m.width, m.mlp_ratio)
+    attentions = 6 * m.width**2 + 2 * text_width(config) * m.width + 4 * (m.width // m.heads)  # and norms of q and k
+    modulation = 6 * m.width * (1 if m.shared_modulation else m.width + 1)
+    return attentions + modulation + 2 * m.width * inner + inner + m.width
+
+
+def text_parameters(config: ConfigDict) -> int:
+    """Of the text encoder over bytes, which trains with the denoiser."""
+    t = config.text
+    inner = hidden(t.width, 4.0)
+    layer = 2 * t.width + 4 * t.width**2 + 2 * (t.width // t.heads) + 2 * t.width * inner + inner + t.width
+    return (VOCAB + NGRAMS * BUCKETS) * t.width + t.layers * layer + t.width
+
+
+def parameters(config: ConfigDict, features: int) -> int:
+    """All that trains: the denoiser and its text encoder.
+
+    Args:
+      features: P, width of a token.
+    """
+    m = config.model
+    count = m.layers * block_parameters(config) + text_parameters(config)
+    count += (features + 1) * m.width + (m.width + 1) * features  # embed, head
+    count += (PLACES + 1) * m.width if m.absolute else 0
+    count += (SINUSOIDS + 1) * m.width + (m.width + 1) * m.width  # noise levels
+    count += 2 * m.width * (m.width + 1)  # final modulation
+    count += 6 * m.width * (m.width + 1) if m.shared_modulation else 0
+    count += (config.text.width + 1) * m.width + (m.width + 1) * m.width if m.text_mlp else 0
+    return count

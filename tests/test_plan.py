@@ -1,0 +1,214 @@
+"""`vidgen plan`: meshes, verdicts and bad input, with the compiler stood in for; tests/planning/test_aot.py has it."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_tiny
+
+from vidgen import config as configs
+from vidgen import plan
+from vidgen.config import ConfigError
+from vidgen.parallel.mesh import make_mesh
+from vidgen.planning import aot
+from vidgen.planning.hardware import parse_topology
+from vidgen.training import program
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+OOM = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom:\nXLA:TPU compile permanent error. Ran out of memory in memory space "
+    "hbm. required for HLO temporaries (118.80G) exceeds available HBM (15.75G)"
+)
+
+
+def load(name, **changes):
+    return configs.load(str(CONFIGS / name), changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "least"),
+    [
+        ("dit_10b_60k.py", "v5p:4x8x8", 9.5e9),
+        ("dit_10b_60k.py", "h100:32x8", 9.5e9),
+        ("wan_14b_720p.py", "v5p:2x2x1", 14e9),
+        ("minute_720p.py", "v5p:8x8x8", 14e9),
+        ("minute_720p.py:full", "v5p:8x8x8", 14e9),
+        ("dit_30b.py", "v6e:16x16", 30e9),
+        ("moving_shapes.py", "v5e:4x4", 70e6),
+    ],
+)
+def test_the_arithmetic_of_the_large_configs_takes_seconds(name, topology, least, capsys):
+    start = time.perf_counter()
+    facts = plan.run(load(name), topology, abstract=True, price=2.0)
+    assert time.perf_counter() - start < 15  # 1 to 3 on a machine that does nothing else
+    assert least < facts["parameters"] < 1.1 * least
+    assert facts["fits"] is None and 0.1 < facts["predicted_mfu"] < 0.8
+    assert facts["trained_tokens_per_step"] > 0.97 * facts["tokens_per_step"]
+    assert facts["cost"] == pytest.approx(2.0 * facts["chip_hours"])
+    said = capsys.readouterr().out
+    assert f"{facts['parameters']:,}" in said and "ESTIMATE" in said and "COMPILED" not in said
+
+
+def test_windows_cost_what_they_hold_and_full_attention_the_square():
+    windows, full = (plan.run(load(f"minute_720p.py{a}"), "v5p:8x8x8", abstract=True) for a in ("", ":full"))
+    captions = full["flops_attention_useful"] / (40 * 3 * 4 * 8 * 5120 * 1_299_600) - 1_299_600  # tokens of text a clip
+    assert 0 < captions <= 512
+    # Ten layers of forty see the whole minute, thirty windows of 19 x 15 x 20 or, moved, at most as many tokens.
+    assert 0.25 < windows["flops_attention_useful"] / full["flops_attention_useful"] < 0.26
+    assert 1.0 < windows["flops_attention_executed"] / windows["flops_attention_useful"] < 1.6
+
+
+def test_recomputation_is_told_apart(capsys):
+    kept, again = (
+        plan.run(load("wan_14b_720p.py", **{"model.remat": r}), "v5p:2x2x1", abstract=True)
+        for r in ("attention", "full")
+    )
+    assert kept["flops_per_step"] == again["flops_per_step"]
+    assert kept["recomputed_flops_fraction"] <= 0.12 < again["recomputed_flops_fraction"]
+
+
+def test_a_mesh_is_refitted_and_named(capsys):
+    facts = plan.run(load("dit_10b_60k.py"), "v5p:4x4x8", abstract=True)
+    assert facts["mesh"] == {"data": 1, "fsdp": 16, "context": 8, "tensor": 1}
+    assert "fsdp=16 x context=8 (refitted from the config's)" in capsys.readouterr().out
+    facts = plan.run(load("dit_10b_60k.py"), "v5p:4x8x8", mesh="fsdp=32,context=4,tensor=2", abstract=True)
+    assert facts["mesh"]["tensor"] == 2 and "(given)" in capsys.readouterr().out
+    slices = plan.run(load("dit_10b_60k.py"), "2*v5p:4x4x8", mesh="data=2,fsdp=16,context=8", abstract=True)
+    assert slices["roofline"]["dcn_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("topology", "mesh", "says"),
+    [
+        ("v9:4x4", "", "known are.*v5p:4x8x8"),
+        ("v5p:4x8", "", "3 dimensions of the torus"),
+        ("v5p:4x8x8", "fsdp=32,contxt=8", "expected AXIS=DEVICES with an axis of data, fsdp, context, tensor"),
+        ("v5p:4x8x8", "fsdp=30,context=8", r"fsdp=30 x context=8 \(240\) is not the 256 devices"),
+        ("v5p:4x8x8", "fsdp=64,context=4", "rows.count=32 does not divide over 64 devices.*nearest: 64"),
+        ("v5p:4x8x8", "fsdp=2,context=128", "480 tokens of a row on each of context=128.*multiple of 128"),
+        ("v5p:4x8x8", "fsdp=4,tensor=64", "32 heads don't divide over it; tensor can be 1, 2, 4"),
+    ],
+)
+def test_what_does_not_fit_together_is_told_in_a_line(topology, mesh, says):
+    with pytest.raises(ConfigError, match=says):
+        plan.run(load("dit_10b_60k.py"), topology, mesh=mesh, abstract=True)
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch):
+    def absent(**_):
+        raise RuntimeError("no plugin")
+
+    monkeypatch.setattr(aot.topologies, "get_topology_desc", absent)
+    monkeypatch.setattr(aot, "_installed", lambda _: False)
+    for topology, extra in (("v5p:2x2x1", "tpu"), ("h100:1x8", "cuda")):
+        with pytest.raises(ConfigError, match=rf'pip install "vidgen\[{extra}\]"'):
+            aot.devices(parse_topology(topology))
+
+
+def small():
+    """The tiny config for four devices that share rows."""
+    c = make_tiny()
+    c.mesh.update(data=1, fsdp=2, context=2)
+    return c
+
+
+def test_out_of_memory_is_a_verdict_with_what_fills_it_and_what_would_fit(monkeypatch, capsys):
+    def refuses(*_):
+        raise aot.OutOfMemory(OOM, 1.0)
+
+    monkeypatch.setattr(aot, "compile_for", refuses)
+    monkeypatch.setattr(plan, "compiled", lambda *_: plan.compile_for(parse_topology("v5e:2x2"), {}, None, (), {}, []))
+    facts = plan.run(load("wan_14b_720p.py"), "v5e:2x2")
+    assert facts["fits"] is False and facts["collectives"] == []
+    assert facts["peak_bytes_per_device"] > facts["hbm_bytes_per_device"] == int(15.75 * 2**30)
+    assert facts["estimated_parts"]["weights, their average and the optimizer's moments"] > 50 * 2**30
+    assert facts["would_fit"] and facts["would_fit"][0]["topology"] != "v5e:2x2"
+    json.dumps(facts)
+    said = capsys.readouterr().out
+    assert "OUT OF MEMORY" in said and "would fit, by the estimate" in said
+
+
+def test_the_step_of_a_plan_is_the_one_that_trains_and_its_text_is_read(monkeypatch, capsys):
+    """On four CPU devices in place of a topology's."""
+    monkeypatch.setattr(aot, "devices", lambda _: jax.devices())
+    found = plan.compiled(small(), parse_topology("v5e:2x2"))
+    assert found.fits and 0 < found.headroom < 1
+    kinds = {(x.opcode, x.role) for x in found.collectives}
+    assert ("all-gather", "weights") in kinds and ("reduce-scatter", "gradients") in kinds
+    assert found.facts()["overlap"]["weights_by_all_reduce"] == 0
+    json.dumps(found.facts())
+
+
+def test_a_search_ranks_and_compiles_the_best(monkeypatch, capsys):
+    facts = plan.search(load("dit_10b_60k.py"), "v5p:4x8x8", abstract=True)["candidates"]
+    times = [c["estimated_step_seconds"] for c in facts if c["estimated_fits"]]
+    assert len(facts) == 20 and times == sorted(times)
+    seen = []
+
+    def compiled(config, topology, mode="train"):
+        seen.append((config.mesh.to_dict(), config.model.remat))
+        text = "HloModule m, is_scheduled=true\n\nENTRY main {\n  ROOT p = f32[] parameter(0)\n}\n"
+        made = aot.Compiled(text, 2**30, 1, 1, 2.0)
+        monkeypatch.setattr(aot, "compile_for", lambda *_: made)
+        return plan.compile_for(topology, {axis: config.mesh[axis] for axis in plan.AXES}, None, (), {}, [])
+
+    monkeypatch.setattr(plan, "compiled", compiled)
+    rows = plan.search(load("dit_10b_60k.py"), "v5p:4x8x8")["candidates"]
+    assert len(rows) == len(seen) == 6 and all(r["fits"] for r in rows)
+    assert [r["mesh"] for r in rows] == [{a: m[a] for a in plan.AXES} for m, _ in seen]
+    assert "* = no other is both faster and smaller" in capsys.readouterr().out
+
+
+def test_drawing_is_planned_too():
+    facts = plan.run(load("wan_14b_720p.py"), "v5p:2x2x1", mode="sample", abstract=True, price=4.0)
+    assert facts["tokens_per_step"] == 75_776 and facts["chips"] == 4
+    assert facts["cost"] == pytest.approx(4.0 * facts["chip_hours"])
+    # 50 steps, each with and without the prompt, forward only.
+    train = plan.run(load("wan_14b_720p.py"), "v5p:2x2x1", abstract=True)
+    assert facts["flops_per_step"] == pytest.approx(100 / 3 * train["flops_per_step"], rel=0.02)
+
+
+def test_what_a_plan_compiles_for_drawing_draws():
+    c = plan.sampling_config(small(), 4)
+    c = configs.override(c, {"mesh.context": 4})
+    mesh = make_mesh(c.mesh, 1, c.rows.tokens)
+    built = program.build(c, mesh, "cpu")
+    function, (params, batch, _, _) = plan.drawing(built)
+    state = built.init()
+    zeros = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), batch)
+    out = function(state.params, zeros, zeros, np.int32(0))
+    assert out.shape == (1, c.rows.tokens, 768) and np.isfinite(np.asarray(out)).all()
+
+
+def test_the_lowered_program_is_flat_in_depth():
+    sizes = {}
+    for layers in (24, 48):
+        c = small()
+        c.model.update(layers=layers, unroll=1, remat="attention")
+        c.optimizer.name = "adamw"
+        built = program.build(c, make_mesh(c.mesh, c.rows.count, c.rows.tokens))
+        sizes[layers] = len(built.step.lower(built.state_like, built.batch_like).as_text())
+    assert sizes[48] == pytest.approx(sizes[24], rel=0.05)
+
+
+def test_the_command_line_has_it_all(tmp_path):
+    command = [sys.executable, "-m", "vidgen.cli", "plan"]
+    ran = subprocess.run(
+        [*command, "--config", str(CONFIGS / "dit_30b.py"), "--topology", "v6e:16x16", "--abstract", "--json",
+         "--tokens", "1e12", "--config.model.remat=products"],
+        capture_output=True, text=True, check=True, env=os.environ, cwd=tmp_path,
+    )  # fmt: skip
+    facts = json.loads(ran.stdout.splitlines()[-1])
+    assert facts["tokens"] == 1e12 and facts["recomputed_flops_fraction"] < 0.01
+    for arguments, says in (
+        ((), "expected --config FILE and --topology"),
+        (("--config", str(CONFIGS / "dit_30b.py"), "--topology", "v6e"), "expected CHIP:SHAPE"),
+    ):
+        ran = subprocess.run([*command, *arguments], capture_output=True, text=True, env=os.environ)
+        assert ran.returncode == 2 and says in ran.stderr and "Traceback" not in ran.stderr
