@@ -169,17 +169,17 @@ def _pairs(q_ids: np.ndarray, k_ids: np.ndarray, kernel: str, block: int, window
         return q_ids.size * k_ids.shape[1]
     if windows:
         q_ids, k_ids = np.sort(q_ids, axis=-1), np.sort(k_ids, axis=-1)
-    sides = []
-    for ids in (q_ids, k_ids):
-        if kernel == "splash":
-            from vidgen.models.kernels.splash import LANES, divisor
+    lengths = [ids.shape[1] for ids in (q_ids, k_ids)]
+    if kernel == "splash":
+        from vidgen.models.kernels import splash
 
-            side = divisor(-(-ids.shape[1] // LANES) * LANES, block)
-        else:
-            side = blockwise.block_size(ids.shape[1], block)
-        sides.append((np.pad(ids, ((0, 0), (0, -ids.shape[1] % side))), side))
-    (q_ids, q_side), (k_ids, k_side) = sides
-    return int(blockwise.meeting(q_ids, k_ids, q_side, k_side).sum()) * q_side * k_side
+        sides = splash.sides(*(-(-n // splash.LANES) * splash.LANES for n in lengths), block)
+    else:
+        sides = [blockwise.block_size(n, block) for n in lengths]
+    q_ids, k_ids = (
+        np.pad(ids, ((0, 0), (0, -n % side))) for ids, n, side in zip((q_ids, k_ids), lengths, sides, strict=True)
+    )
+    return int(blockwise.meeting(q_ids, k_ids, *sides).sum()) * math.prod(sides)
 
 
 def from_config(

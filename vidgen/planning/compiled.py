@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from vidgen.config import ConfigError
 from vidgen.parallel.rules import Placed
 from vidgen.planning import aot, hlo
 from vidgen.planning.hardware import Topology
@@ -52,6 +53,10 @@ class Compilation:
             "hbm_bytes_per_device": self.hbm_bytes,
             "headroom": self.headroom,
             "state_bytes_per_device": sum(p.bytes_per_device for p in self.placed),
+            "sharding": [
+                {"path": p.path, "shape": p.shape, "spec": list(p.spec), "bytes_per_device": p.bytes_per_device}
+                for p in self.placed
+            ],
             "collectives": rows,
             "overlap": overlap(self.collectives),
             "fused_kernels": self.kernels,
@@ -104,7 +109,10 @@ def compile_for(
     try:
         made = aot.compile_for(function, arguments)
     except aot.OutOfMemory as e:
-        told = hlo.oom(str(e))
+        try:
+            told = hlo.oom(str(e))
+        except ValueError:  # of another memory than the devices', of which no setting here gives more
+            raise ConfigError(f"--topology={topology.text}: the compiler refuses: {' '.join(str(e).split())}") from None
         wanted, hbm = told.needed_bytes, told.available_bytes or hbm
         return Compilation(False, wanted, hbm, e.seconds, options, [], {}, list(told.buffers), placed)
     return Compilation(

@@ -1,4 +1,4 @@
-"""What libtpu, the compiler and driver of TPUs, is told through the environment where there is no TPU; it reads it once."""
+"""What libtpu, compiler and driver of TPUs, is told through the environment where there is no TPU; it reads it once."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def compiled(found: Compilation) -> str:
     if o["weights_by_all_reduce"]:
         lines.append(f"  {o['weights_by_all_reduce']:.1%} of those bytes are weights gathered by an all-reduce")
     lines += ["", "  collectives of a device in a step", collectives(found), "", "  largest buffers", buffers(found)]
-    lines += ["", "  state, largest arrays", state(found.placed)]
+    lines += ["", "  the state", audit(found.placed)]
     return "\n".join(lines)
 
 
@@ -127,25 +127,27 @@ def buffers(found: Compilation) -> str:
     return table(("size", "shape", "made by"), [(size(b), shape, made[-80:]) for b, shape, made in found.buffers])
 
 
-def state(placed: list[Placed], top: int = 8) -> str:
-    """The largest arrays of the state and where they lie; the rest summed."""
-    rows = [(size(p.bytes_per_device), size(p.bytes), p.path, spec_words(p.spec)) for p in placed[:top]]
-    rest = placed[top:]
+def audit(placed: list[Placed]) -> str:
+    """Every weight and where it lies; the average and the optimizer's moments, which lie like them, summed."""
+    weights = sorted((p for p in placed if p.path.startswith("params/")), key=lambda p: p.path) or placed
+    rest = [p for p in placed if p not in weights]
+    rows = [(p.path.removeprefix("params/"), shape_words(p.shape), spec_words(p.spec), size(p.bytes_per_device))
+            for p in weights]  # fmt: skip
+    rows.append(("all weights", "", "", size(sum(p.bytes_per_device for p in weights))))
     if rest:
-        total = sum(p.bytes_per_device for p in rest), sum(p.bytes for p in rest)
-        rows.append((size(total[0]), size(total[1]), f"{len(rest)} more", ""))
-    return table(("a device", "whole", "array", "spec"), rows)
+        rows.append(("their average and the optimizer", "", "as theirs", size(sum(p.bytes_per_device for p in rest))))
+    return table(("weight", "shape", "in pieces over", "a device"), rows)
+
+
+def shape_words(shape: tuple[int, ...]) -> str:
+    """36x4096x4096."""
+    return "x".join(map(str, shape))
 
 
 def spec_words(spec: Any) -> str:
     """A PartitionSpec: (-, context, fsdp)."""
     names = ("-" if a is None else a if isinstance(a, str) else "+".join(a) for a in spec)
     return "(" + ", ".join(names) + ")"
-
-
-def audit(placed: list[Placed]) -> str:
-    """Every array of the state."""
-    return state(placed, top=len(placed))
 
 
 def roofline(e: Estimate, topology: Topology, tokens: float, price: float | None) -> str:

@@ -18,6 +18,7 @@ from vidgen.models.kernels.dense import NAMES, has_key, scaled
 LANES = 128  # lengths and blocks are multiples of it
 # The fused backward kernel computes scores once instead of twice, and holds a copy of dq for each block of keys.
 COPIES = 2**30  # bytes that these may take
+BLOCKS = 2**18  # that the two arrays can tell of, three bytes each, in 1 MiB of scalar memory
 WIDEST = 2048  # keys of a block at most, by the memory of a core
 
 
@@ -73,7 +74,7 @@ def block_sizes(q_shape: tuple[int, ...], keys: int, itemsize: int, block: int =
       itemsize: bytes of a number.
     """
     _, heads, queries, width = q_shape
-    q, k = divisor(queries, block), divisor(keys, block)
+    q, k = sides(queries, keys, block)
     wide = max((n for n in range(k, WIDEST + 1, k) if keys % n == 0), default=k)
     a_head = keys // wide * queries * width * itemsize
     together = max((n for n in range(1, heads + 1) if heads % n == 0 and n * a_head <= COPIES), default=0)
@@ -88,6 +89,19 @@ def block_sizes(q_shape: tuple[int, ...], keys: int, itemsize: int, block: int =
         use_fused_bwd_kernel=together > 0,
     )
     return sizes, together or heads
+
+
+def sides(queries: int, keys: int, block: int) -> tuple[int, int]:
+    """Queries and keys in a block of scores: at most `block`, or more where so many blocks would be too many.
+
+    Args:
+      queries, keys: multiples of 128.
+    """
+    while True:
+        q, k = divisor(queries, block), divisor(keys, block)
+        if queries // q * (keys // k) <= BLOCKS or block >= max(queries, keys):
+            return q, k
+        block *= 2
 
 
 def divisor(length: int, most: int) -> int:
