@@ -139,7 +139,9 @@ _WORKDIR = Flag("workdir", str, "Directory of the run.", required=True)
 VERBS = {
     "train": Verb(
         _train,
-        "Trains, or goes on from the newest checkpoint of the workdir. Ctrl-C and SIGTERM save first.",
+        "Trains, or goes on from the newest checkpoint of the workdir. Ctrl-C and SIGTERM save first. On several "
+        "hosts, run it on each: srun and TPU pods are recognised, others set VIDGEN_COORDINATOR=HOST:PORT, "
+        "VIDGEN_PROCESSES=N and VIDGEN_PROCESS=0…N-1.",
         (
             Flag("config", str, "Python file with get_config(arg) -> ConfigDict: FILE or FILE:arg.", required=True),
             _WORKDIR,

@@ -211,3 +211,11 @@ def test_cudnn_is_told_lengths_or_a_mask(monkeypatch):
         found = out_and_grads(kernel, *arrays, q_ids, k_ids)
         assert_close(found, out_and_grads(dense.attend, *arrays, q_ids, k_ids))
     assert calls[0] == {"mask"} and calls[-1] == {"query_seq_lengths", "key_value_seq_lengths"}
+
+
+def test_splashs_blocks_grow_where_the_arrays_that_tell_of_them_would_not_fit():
+    assert splash.sides(1280, 1280, 512) == (256, 256)  # the largest multiple of 128 that divides
+    assert splash.sides(61440, 61440, 512) == (512, 512)
+    q, k = splash.sides(163_840, 1_310_720, 512)  # a minute, an eighth of its queries
+    assert (q, k) == (1024, 1024) and 163_840 // q * (1_310_720 // k) <= splash.BLOCKS
+    assert splash.fused(75_776, 75_776, 128) and not splash.fused(163_840, 1_310_720, 128)

@@ -221,7 +221,7 @@ def _shown(values: Mapping[str, Any]) -> list[str]:
 
 def si(value: float) -> str:
     """Three digits and a unit: 12300 → 12.3k."""
-    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for factor, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             return f"{value / factor:.3g}{unit}"
     return f"{value:.3g}"
