@@ -109,15 +109,21 @@ def _plan(
     os.environ["JAX_PLATFORMS"] = "cpu"
     from vidgen import config as configs
 
-    if all:
-        from vidgen import plan
-
-        return plan.run_all(rest["price"])
-    if not config or not topology:
+    given = {"config": config, "topology": topology, "search": search, **rest, **{f"config.{k}": 1 for k in changes}}
+    flags = {flag.name: flag.default for flag in VERBS["plan"].flags}
+    given = [name for name, value in given.items() if value != flags.get(name)]
+    # What one of these modes does not look at.
+    ignored = set(given) - {"price"} if all else set(given) & {"mesh", "mode"} if search else ()
+    for name in given:
+        if name in ignored:
+            raise configs.ConfigError(f"--{name} has no meaning with --{'all' if all else 'search'}; leave one out")
+    if not all and not (config and topology):
         raise configs.ConfigError("expected --config FILE and --topology CHIP:SHAPE, such as v5p:4x8x8, or --all")
-    c = configs.load(config, changes)
+    c = configs.load(config, changes) if config else None
     from vidgen import plan
 
+    if all:
+        return plan.run_all(rest["price"])
     if search:
         return plan.search(c, topology, **{name: rest[name] for name in ("tokens", "price", "abstract")})
     return plan.run(c, topology, **rest)
@@ -208,13 +214,24 @@ VERBS = {
         (
             Flag("config", str, "Python file with get_config(arg) -> ConfigDict: FILE or FILE:arg."),
             Flag("topology", str, "v5p:4x8x8, 2*v6e:16x16 (two slices), h100:32x8 (hosts x GPUs)."),
-            Flag("mesh", str, "fsdp=32,context=8; the config's, refitted to the topology, unless given.", ""),
-            Flag("mode", str, "train, or sample: drawing one clip of config.sample's size.", "train"),
+            Flag(
+                "mesh",
+                str,
+                "fsdp=32,context=8, -1 for what is left; the config's or the nearest to it; not with --search.",
+                "",
+            ),
+            Flag("mode", str, "train, or sample: drawing a clip of config.sample's size; not with --search.", "train"),
             Flag("tokens", float, "To train on in all, for days and cost; config.train.steps' unless given.", 0.0),
             Flag("price", float, "Of a chip-hour, in any currency."),
             Flag("search", bool, "Ranks meshes x microbatches x remat x attention, and compiles the best six.", False),
             Flag("abstract", bool, "Arithmetic only, in seconds: nothing is compiled.", False),
-            Flag("all", bool, "Plans the large configs on the machines they are for, and prints a table.", False),
+            Flag(
+                "all",
+                bool,
+                "Plans the large configs on the machines they are for, and prints a table; of the other "
+                "flags it takes --price.",
+                False,
+            ),
         ),
         settings=True,
     ),
@@ -260,6 +277,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"vidgen {name}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except RuntimeError as e:
+        if "No such compile option" in str(e) or "Unknown compile option" in str(e):
+            _fail(f"{' '.join(str(e).split())[:200]}; config.mesh.compiler_options=none does without", name)
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         _fail(

@@ -6,6 +6,7 @@ devices that aren't there. What is printed as an estimate is arithmetic on publi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from typing import Any
@@ -15,16 +16,22 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vidgen import config as configs
+from vidgen import sample
 from vidgen.config import ConfigError
+from vidgen.diffusion import generator as generators
 from vidgen.diffusion.generator import generate
-from vidgen.parallel.mesh import AXES, axis_sizes, check_fit, make_mesh
-from vidgen.parallel.rules import audit, check_sharded, rules_of
+from vidgen.parallel.mesh import AXES, make_mesh
+from vidgen.parallel.rules import Placed, audit, check_sharded, rules_of
 from vidgen.planning import aot, arithmetic, published
 from vidgen.planning.compiled import Compilation, compile_for
 from vidgen.planning.hardware import Topology, parse_topology
+from vidgen.planning.layout import placed, sampling_config
+from vidgen.planning.memory import HEADROOM
+from vidgen.planning.search import Candidate, rank
 from vidgen.studio import plans
-from vidgen.tokenizers.base import geometry_from_config
+from vidgen.training import optimizers
 from vidgen.training import program as programs
+from vidgen.training import state as states
 from vidgen.training.program import Program
 from vidgen.training.step import row_keys
 
@@ -47,8 +54,9 @@ def run(
 
     Args:
       topology: "v5p:4x8x8", "2*v6e:16x16", "h100:32x8" (hosts x GPUs).
-      mesh: "fsdp=32,context=8"; axes not named have one device. Empty: the config's, refitted to the topology.
-      mode: train, or sample: drawing one clip of `config.sample`'s size on the whole topology.
+      mesh: "fsdp=32,context=8"; axes not named have one device, one of -1 what the others leave. Empty: the config's,
+        or the nearest to it that the topology has.
+      mode: train, or sample: drawing one clip of `config.sample`'s size on each slice.
       tokens: to train on in all, for days, chip-hours and cost; 0: `train.steps` of the config.
       price: of a chip-hour, in any currency.
       abstract: arithmetic only, nothing is compiled.
@@ -58,32 +66,43 @@ def run(
 
     Raises:
       ConfigError: settings, mesh and topology that don't go together; a large array that would lie whole on each
-        device; the package that compiles for the target is missing.
+        device; the package that compiles for the target is missing; the compiler refuses.
     """
     if mode not in ("train", "sample"):
         raise ConfigError(f"--mode={mode}: known are train, sample")
-    configs.check(config)
+    check(config, tokens, price)
     where = parse_topology(topology)
     if mode == "sample":
-        config = sampling_config(config, where.devices)
-    config, note = placed(config, where, mesh)
-    estimate = arithmetic.estimate(config, where, mode)
-    facts = estimate.facts() | {"topology": where.text, "mode": mode, "mesh_note": note}
-    print(plans.introduction(config, where, estimate, note), flush=True)
+        config = sampling_config(config, where)
+    config, note = placed(config, where, mesh, mode)
+    estimate, state = arithmetic.estimate(config, where, mode), state_of(config, mode)
+    facts = estimate.facts() | {"topology": where.text, "mode": mode, "mesh_note": note} | sharding(state)
+    print(plans.introduction(config, where, estimate, note))
+    print(plans.state(state, estimate.mesh), flush=True)
+    check_sharded(state, estimate.mesh, config.mesh.rules)
     if not abstract:
         found = compiled(config, where, mode)
         facts |= found.facts()
         print(plans.compiled(found), flush=True)
-        if not found.fits and mode == "train":
-            facts["estimated_parts"] = parts = arithmetic.memory_parts(config, where)
-            facts["would_fit"] = ways = would_fit(config, where)
-            print(plans.out_of_memory(parts, ways))
         if found.fits:
             # The transfers that the compiler made, in place of those that arithmetic expects.
             estimate = arithmetic.estimate(config, where, mode, found.collectives)
             facts |= estimate.facts()
-    print(plans.roofline(estimate, where, tokens or estimate.tokens * config.train.steps, price))
-    return NOT_COMPILED | facts | estimate.cost(where, tokens or estimate.tokens * config.train.steps, price)
+        else:
+            facts |= out_of_memory(config, where, mode, found)
+    asked = tokens or estimate.tokens * config.train.steps
+    print(plans.roofline(estimate, where, asked, price))
+    return NOT_COMPILED | facts | estimate.cost(where, asked, price)
+
+
+def check(config: ConfigDict, tokens: float = 0.0, price: float | None = None) -> None:
+    """Raises ConfigError on settings that no plan can use, and on numbers that are none."""
+    programs.check(config)
+    sample.check(config)
+    if not 0 <= tokens < math.inf:
+        raise ConfigError(f"--tokens={tokens}: expected a number of tokens to train on, 1e12 for example")
+    if price is not None and not 0 <= price < math.inf:
+        raise ConfigError(f"--price={price}: expected what a chip-hour costs, 0 or more")
 
 
 # What `--all` plans: the large configs on the machines that they are for, and a small one on the other chips.
@@ -102,7 +121,7 @@ SHOWN = (
 def run_all(price: float | None = None) -> dict[str, Any]:
     """Plans `SHOWN`, a report each, then a table of them all; returns their figures under "plans".
 
-    Where the package that compiles for a target is missing, its line says so.
+    Where one can't be made, since the package that compiles for its target is missing, say, its line says why.
     """
     folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
     found = []
@@ -132,11 +151,12 @@ def search(
 
     Meshes, microbatches, rematerialisation presets and attention strategies are tried; all else is the config's.
 
-    Returns the figures of all that were compiled (or, with `abstract`, ranked), best first, under "candidates".
+    Returns the figures of all that were compiled (or, with `abstract`, ranked), best first, under "candidates"; what
+    the compiler refused has an "error" instead.
     """
-    configs.check(config)
+    check(config, tokens, price)
     where = parse_topology(topology)
-    ranked = arithmetic.rank(config, where)
+    ranked = rank(config, where)
     step = f"{config.rows.count} x {config.rows.tokens:,} tokens"
     fit = sum(c.fits for c in ranked)
     print(f"{len(ranked)} ways to lay a step of {step} on {where.text}; by the estimate {fit} fit")
@@ -146,63 +166,127 @@ def search(
     rows = []
     for n, candidate in enumerate(ranked[:COMPILED], start=1):
         print(f"\ncompiling {n} of {min(COMPILED, len(ranked))}: {plans.way(candidate)}", flush=True)
-        changed = configs.override(config, candidate.changes | {"mesh.slices": where.slices})
-        found = compiled(changed, where)
-        estimate = arithmetic.estimate(changed, where, collectives=found.collectives if found.fits else None)
-        asked = tokens or estimate.tokens * config.train.steps
-        rows.append(candidate.facts() | found.facts() | estimate.facts() | estimate.cost(where, asked, price))
-        verdict = "fits" if found.fits else "OUT OF MEMORY"
-        print(
-            f"  {verdict}: {plans.size(found.peak_bytes)}, {plans.duration(estimate.roofline.step_s)} a step",
-            flush=True,
-        )
-    print("\n" + plans.compiled_candidates(rows))
+        try:
+            rows.append(candidate.facts() | tried(config, candidate, where, tokens, price))
+            print(f"  {plans.verdict(rows[-1])}", flush=True)
+        except ConfigError as e:
+            print(f"  {e}", flush=True)
+            rows.append(candidate.facts() | {"error": str(e)})
+    print("\n" + plans.compiled_candidates([r for r in rows if "error" not in r]))
     return {"candidates": rows}
 
 
-def would_fit(config: ConfigDict, topology: Topology) -> list[dict[str, Any]]:
-    """Ways that fit by the estimate: of this topology the fastest three, else the fastest on the least that has any."""
-    ranked = [c for c in arithmetic.rank(config, topology) if c.fits]
-    if ranked:
-        return [c.facts() | {"topology": topology.text} for c in ranked[:3]]
-    for larger in topology.larger():
+def tried(
+    config: ConfigDict, candidate: Candidate, topology: Topology, tokens: float, price: float | None
+) -> dict[str, Any]:
+    """The figures of a candidate, compiled; raises ConfigError."""
+    changed = configs.override(config, candidate.changes | {"mesh.slices": topology.slices})
+    found = compiled(changed, topology)
+    estimate = arithmetic.estimate(changed, topology, collectives=found.collectives if found.fits else None)
+    asked = tokens or estimate.tokens * config.train.steps
+    return found.facts() | estimate.facts() | estimate.cost(topology, asked, price)
+
+
+def out_of_memory(config: ConfigDict, topology: Topology, mode: str, found: Compilation) -> dict[str, Any]:
+    """What fills the memory and what would fit, by the estimate: printed, and as figures."""
+    parts = arithmetic.memory_parts(config, topology, mode)
+    # By as much as the compiler wants more than the estimate, others are taken to want more too.
+    scale = max(1.0, found.peak_bytes / sum(parts.values()))
+    ways = would_fit(config, topology, scale) if mode == "train" else would_draw(config, topology, scale)
+    print(plans.out_of_memory(parts, ways))
+    return {"estimated_parts": parts, "would_fit": ways}
+
+
+def would_fit(config: ConfigDict, topology: Topology, scale: float = 1.0) -> list[dict[str, Any]]:
+    """Ways that fit by the estimate: of this topology the fastest three, else the fastest on the least that has any.
+
+    The config's own way is not among them: that it does not fit is known.
+
+    Args:
+      scale: by which estimates of memory are too small.
+    """
+    strategy = arithmetic.attending(config, topology).strategy
+    own = ({axis: config.mesh[axis] for axis in AXES}, config.optimizer.accumulate, config.model.remat, strategy)
+    for where in (topology, *topology.larger()):
         try:
-            ranked = [c for c in arithmetic.rank(config, larger) if c.fits]
+            ranked = [_scaled(c, where, scale) for c in rank(config, where)]
         except ConfigError:  # which divides nothing
             continue
+        ranked = [c for c in ranked if c.fits and (c.mesh, c.accumulate, c.remat, c.attention) != own]
         if ranked:
-            return [ranked[0].facts() | {"topology": larger.text}]
+            few = ranked[: 3 if where == topology else 1]
+            return [c.facts() | {"topology": where.text} for c in few]
     return []
 
 
-def compiled(config: ConfigDict, topology: Topology, mode: str = "train") -> Compilation:
-    """The step that trains, or the drawing of a clip, compiled for the topology, whose devices the config's mesh has.
+def _scaled(c: Candidate, topology: Topology, scale: float) -> Candidate:
+    size = c.bytes_per_device * scale
+    return dataclasses.replace(c, bytes_per_device=size, fits=size <= HEADROOM * topology.chip.hbm_bytes)
 
-    Raises ConfigError where the compiler's package is missing or a large array would lie whole on each device.
+
+def would_draw(config: ConfigDict, topology: Topology, scale: float = 1.0) -> list[dict[str, Any]]:
+    """As `would_fit`, of drawing clips: the least larger topology of the same chip that has room."""
+    for where in topology.larger():
+        try:
+            larger, _ = placed(sampling_config(config, where), where, mode="sample")
+        except ConfigError:
+            continue
+        size = scale * sum(arithmetic.memory_parts(larger, where, "sample").values())
+        if size <= HEADROOM * where.chip.hbm_bytes:
+            e = arithmetic.estimate(larger, where, "sample")
+            c = Candidate(e.mesh, 1, larger.model.remat, e.strategy, size, True, e.roofline, 0.0)
+            return [c.facts() | {"topology": where.text}]
+    return []
+
+
+def state_of(config: ConfigDict, mode: str = "train") -> list[Placed]:
+    """Where each array of the state lies on the config's mesh; of drawing, its weights. Nothing is computed."""
+    plain = configs.override(config, {"model.attention": "auto", "mesh.attention": "auto", "mesh.ulysses": 0})
+    generator, optimizer = generators.from_config(plain, platform="cpu"), optimizers.from_config(plain)
+
+    def init():
+        params = generator.init(jax.random.key(0), generators.example(plain))
+        return states.create(params, optimizer) if mode == "train" else {"params": params}
+
+    return audit(jax.eval_shape(init), {axis: config.mesh[axis] for axis in AXES}, rules_of(config.mesh))
+
+
+def sharding(state: list[Placed]) -> dict[str, Any]:
+    """What `--json` has of the state."""
+    return {
+        "state_bytes_per_device": sum(p.bytes_per_device for p in state),
+        "sharding": [
+            {"path": p.path, "shape": p.shape, "spec": list(p.spec), "bytes_per_device": p.bytes_per_device}
+            for p in state
+        ],
+    }
+
+
+def compiled(config: ConfigDict, topology: Topology, mode: str = "train") -> Compilation:
+    """The step that trains, or the drawing of clips, compiled for the topology, whose devices the config's mesh has.
+
+    Raises ConfigError where the compiler's package is missing, it refuses, or a large array would lie whole on each
+    device.
     """
     rows = config.rows
     devices = aot.devices(topology)
     mesh = make_mesh(config.mesh, rows.count, rows.tokens, config.optimizer.accumulate, devices)
     program = programs.build(config, mesh)
-    sizes = dict(mesh.shape)
-    state = program.state_like if mode == "train" else program.state_like.params
-    placed = audit(state, sizes, rules_of(config.mesh))
-    check_sharded(placed, sizes, config.mesh.rules)
     if mode == "train":
         function, arguments = program.step, (program.state_like, program.batch_like)
     else:
         function, arguments = drawing(program)
-    return compile_for(topology, sizes, function, arguments, program.compiler_options, placed)
+    return compile_for(topology, dict(mesh.shape), function, arguments, program.compiler_options)
 
 
 def drawing(program: Program) -> tuple[Any, tuple[Any, ...]]:
     """(a jitted function that draws the latents of a clip a row, its arguments as shapes with shardings)."""
-    config, features = program.config, program.generator.tokenizer.geometry.features
+    config, geometry = program.config, program.generator.tokenizer.geometry
     s, over_tokens = config.sample, program.batch_shardings.segment
 
     def draw(params, batch, unconditional, seed):
         keys = row_keys(config.seed, seed, config.rows.count)
-        noise = jax.random.normal(keys[0], (*batch.segment.shape, features))
+        noise = jax.random.normal(keys[0], (*batch.segment.shape, geometry.features))
         noise = jax.lax.with_sharding_constraint(noise, over_tokens)
         return generate(
             program.generator,
@@ -216,74 +300,10 @@ def drawing(program: Program) -> tuple[Any, tuple[Any, ...]]:
             steps=s.steps,
             guidance=s.guidance,
             eta=s.eta,
+            clip_tokens=geometry.tokens(*geometry.cover(s.frames, s.height, s.width)),
         )
 
     batch = program.batch_like.replace(tokens=None, clip=None)
     seed = jax.ShapeDtypeStruct((), jnp.int32)
     draw = jax.jit(draw, out_shardings=over_tokens, compiler_options=program.compiler_options)
     return draw, (program.state_like.params, batch, batch, seed)
-
-
-def placed(config: ConfigDict, topology: Topology, mesh: str) -> tuple[ConfigDict, str]:
-    """(a copy of the config with the mesh to plan for, how it came about); raises ConfigError."""
-    if mesh:
-        sizes, note = dict.fromkeys(AXES, 1) | parse_mesh(mesh), "given"
-    else:
-        try:
-            sizes, note = axis_sizes(config.mesh, topology.devices), "the config's"
-        except ConfigError:
-            sizes, note = refit(config, topology.devices), "refitted from the config's"
-    config = configs.override(
-        config, {f"mesh.{axis}": n for axis, n in sizes.items()} | {"mesh.slices": topology.slices}
-    )
-    axis_sizes(config.mesh, topology.devices)
-    check_fit(sizes, config.rows.count, config.rows.tokens, config.optimizer.accumulate)
-    return config, note
-
-
-def parse_mesh(mesh: str) -> dict[str, int]:
-    """ "fsdp=32,context=8" as a dict; raises ConfigError."""
-    sizes = {}
-    for part in mesh.split(","):
-        axis, _, n = part.strip().partition("=")
-        if axis not in AXES or not n.lstrip("-").isdigit():
-            raise ConfigError(f"--mesh={mesh}: {part!r}: expected AXIS=DEVICES with an axis of {', '.join(AXES)}")
-        sizes[axis] = int(n)
-    return sizes
-
-
-def refit(config: ConfigDict, devices: int) -> dict[str, int]:
-    """The config's mesh for another number of devices.
-
-    Tensor and context stay as far as they divide; fsdp takes as many of the rest as there are rows for, and what is
-    left then shares the rows' tokens. Raises ConfigError where the tokens don't divide either.
-    """
-    tensor = math.gcd(max(config.mesh.tensor, 1), devices)
-    context = math.gcd(max(config.mesh.context, 1), devices // tensor)
-    fsdp = math.gcd(devices // (tensor * context), config.rows.count // config.optimizer.accumulate)
-    context = devices // (tensor * fsdp)
-    sizes = {"data": 1, "fsdp": fsdp, "context": context, "tensor": tensor}
-    if config.rows.tokens % context:
-        raise ConfigError(
-            f"--topology has {devices} devices: config.rows.count={config.rows.count} rows fill {fsdp} of them, and "
-            f"config.rows.tokens={config.rows.tokens} don't divide over the other {context}; give --mesh, or other rows"
-        )
-    return sizes
-
-
-def sampling_config(config: ConfigDict, devices: int) -> ConfigDict:
-    """The config whose rows hold one clip of `config.sample`'s size each, as drawing it has them."""
-    geometry, s = geometry_from_config(config.tokenizer), config.sample
-    tokens = geometry.tokens(*geometry.cover(s.frames, s.height, s.width))
-    step = 128 * devices  # whole vectors of a TPU, however many devices share the clip
-    changes = {
-        "rows.count": 1,
-        "rows.tokens": -(-tokens // step) * step,
-        "rows.segments": 1,
-        "rows.text": config.rows.caption,
-        "optimizer.accumulate": 1,
-        "mesh.context": max(config.mesh.context, 1) * max(config.mesh.fsdp, 1),
-        "mesh.fsdp": 1,
-        "mesh.data": 1,
-    }
-    return configs.override(config, changes)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -29,7 +29,8 @@ from vidgen.diffusion.generator import Generator
 from vidgen.diffusion.solvers import SOLVERS
 from vidgen.geometry import Geometry, Grid
 from vidgen.parallel import processes
-from vidgen.parallel.mesh import ROW_AXES, ROWS, batch_shardings
+from vidgen.parallel.mesh import ROW_AXES, ROWS, batch_shardings, make_mesh
+from vidgen.parallel.rules import rules_of, tree_shardings
 from vidgen.studio import media
 from vidgen.training.checkpoint import Checkpoints, read_config
 
@@ -97,10 +98,28 @@ def run(
     return Result(step, tuple(prompts), tuple(seeds), rows, tuple(files))
 
 
+# What of a run's settings is of the machine that it trained on.
+HERE = {
+    "mesh.data": 1,
+    "mesh.fsdp": -1,
+    "mesh.context": 1,
+    "mesh.tensor": 1,
+    "mesh.slices": 1,
+    "mesh.attention": "auto",
+    "mesh.ulysses": 0,
+    "model.attention": "auto",
+}
+
+
 def load(workdir: str, step: int | None = None) -> tuple[ConfigDict, Generator, Any, int]:
-    """(config, generator, averaged weights, step) of a checkpoint of `workdir`, the newest unless told; ConfigError."""
-    config = read_config(workdir)
-    generator = generators.from_config(config)
+    """(config, generator, averaged weights, step) of a checkpoint of `workdir`, the newest unless told; ConfigError.
+
+    Whatever mesh it was trained on, the weights lie in pieces over all devices here, and so does the generator's work.
+    """
+    config = configs.override(read_config(workdir), HERE)
+    devices = len(jax.devices())
+    mesh = make_mesh(config.mesh, devices, config.rows.tokens) if devices > 1 else None
+    generator = generators.from_config(config, mesh)
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
         found = checkpoints.steps
@@ -110,8 +129,9 @@ def load(workdir: str, step: int | None = None) -> tuple[ConfigDict, Generator, 
         if step not in found:
             raise ConfigError(f"{workdir}/checkpoints: no step {step}; there are {', '.join(map(str, found))}")
         like = jax.eval_shape(lambda: generator.init(jax.random.key(0), generators.example(config)))
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), like)
+        one = SingleDeviceSharding(jax.devices()[0])
+        places = tree_shardings(like, mesh, rules_of(config.mesh)) if mesh else jax.tree.map(lambda _: one, like)
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, places)
         return config, generator, checkpoints.restore_ema(step, like), step
     finally:
         checkpoints.close()
@@ -142,13 +162,12 @@ def draw(
     seeds: Sequence[int],
     negative: str = "",
     zipped: bool = False,
-    mesh: Mesh | None = None,
 ) -> list[np.ndarray]:
     """Clips [T,H,W,3] u8 for each prompt and, within it, each seed, at the size of `config.sample`.
 
     With `zipped`, each prompt has the seed at its own place instead. Sizes that do not cut into tokens are drawn at the
-    next larger one and cropped. With the `mesh` on which `params` lie, its devices share the clips, and the tokens of
-    each where they divide; every process calls this, and every process gets the clips.
+    next larger one and cropped. The devices of the generator's mesh, on which `params` lie, share the clips and the
+    tokens of each; every process calls this, and every process gets the clips.
     """
     s, geometry = config.sample, generator.tokenizer.geometry
     size = geometry.cover(s.frames, s.height, s.width)
@@ -156,25 +175,24 @@ def draw(
     wanted = list(zip(prompts, seeds, strict=True)) if zipped else [(p, s) for p in prompts for s in seeds]
     texts = [encode_text(text, config.rows.caption) for text in {*prompts, negative}]
     length = -(-max(map(len, texts)) // 32) * 32  # few lengths, few compiles
-    at_once = min(CLIPS_AT_ONCE, len(wanted))
+    at_once, mesh = min(CLIPS_AT_ONCE, len(wanted)), generator.mesh
+    tokens = math.prod(grid)
     if mesh is not None:
         at_once += -at_once % math.prod(mesh.shape[axis] for axis in ROW_AXES)
-        each_row = NamedSharding(mesh, ROWS)
-        divides = math.prod(grid) % mesh.shape["context"] == 0
-        generator = generator if divides else generator.on_one_device()
+        tokens += -tokens % mesh.shape["context"]
     sampler = _sampler(
-        generator, config.objective.to_json(), grid, s.solver, s.steps, float(s.guidance), float(s.eta), mesh
+        generator, config.objective.to_json(), grid, tokens, s.solver, s.steps, float(s.guidance), float(s.eta)
     )
     videos = []
     for first in range(0, len(wanted), at_once):
         chunk = wanted[first : first + at_once]
         padded = chunk + [chunk[-1]] * (at_once - len(chunk))
-        rows = clip_rows(config, geometry, [p for p, _ in padded], size, length)
-        empty = clip_rows(config, geometry, [negative] * at_once, size, length)
+        rows = clip_rows(config, geometry, [p for p, _ in padded], size, length, tokens)
+        empty = clip_rows(config, geometry, [negative] * at_once, size, length, tokens)
         keys = np.stack([jax.random.key_data(jax.random.key(seed)) for _, seed in padded])
         if mesh is not None:
-            places = batch_shardings(mesh, rows) if divides else jax.tree.map(lambda _: each_row, rows)
-            rows, empty, keys = processes.put((rows, empty, keys), (places, places, each_row))
+            places = batch_shardings(mesh, rows)
+            rows, empty, keys = processes.put((rows, empty, keys), (places, places, NamedSharding(mesh, ROWS)))
         video = np.asarray(sampler(params, rows, empty, keys))[: len(chunk), : s.frames]
         y, x = (size[1] - s.height) // 2, (size[2] - s.width) // 2
         videos += list(video[:, :, y : y + s.height, x : x + s.width])
@@ -182,18 +200,29 @@ def draw(
 
 
 def clip_rows(
-    config: ConfigDict, geometry: Geometry, prompts: Sequence[str], size: tuple[int, int, int], length: int
+    config: ConfigDict,
+    geometry: Geometry,
+    prompts: Sequence[str],
+    size: tuple[int, int, int],
+    length: int,
+    tokens: int,
 ) -> TokenBatch:
-    """A row for each prompt that holds one clip of `size` and nothing else, as the feed lays clips out."""
-    coords = geometry.coords(*size, config.sample.fps if config.model.time_in_seconds else None)
+    """A row of `tokens` for each prompt that holds one clip of `size` and padding, as the feed lays clips out.
+
+    `length`: text tokens of a row.
+    """
     ids = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         text = encode_text(prompt, config.rows.caption)
         row[: len(text)] = text
-    segment = np.ones((len(prompts), len(coords)), np.int32)
+    own = geometry.coords(*size, config.sample.fps if config.model.time_in_seconds else None)
+    coords = np.zeros((len(prompts), tokens, 3), np.float32)
+    coords[:, : len(own)] = own
+    segment = np.zeros((len(prompts), tokens), np.int32)
+    segment[:, : len(own)] = 1
     return TokenBatch(
         tokens=None,
-        coords=np.broadcast_to(coords, (len(prompts), *coords.shape)),
+        coords=coords,
         segment=segment,
         level=segment,
         context={"text": (ids, (ids > 0).astype(np.int32))},
@@ -205,20 +234,20 @@ def _sampler(
     generator: Generator,
     objective: str,
     grid: Grid,
+    tokens: int,
     solver: str,
     steps: int,
     guidance: float,
     eta: float,
-    mesh: Mesh | None,
 ):
-    """The jitted sampler of one shape of clip."""
-    objective = ConfigDict(json.loads(objective))
-    shape = (math.prod(grid), generator.tokenizer.geometry.features)
+    """The jitted sampler of one shape of clip, in rows of `tokens`."""
+    objective, mesh = ConfigDict(json.loads(objective)), generator.mesh
+    shape, clip_tokens = (tokens, generator.tokenizer.geometry.features), math.prod(grid)
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()) if mesh is not None else None)
     def sample(params, rows, empty, key_data):
         keys = jax.random.wrap_key_data(key_data)
-        tokens = generators.generate(
+        drawn = generators.generate(
             generator,
             params,
             rows,
@@ -230,8 +259,9 @@ def _sampler(
             steps=steps,
             guidance=guidance,
             eta=eta,
+            clip_tokens=clip_tokens,
         )
-        video = generator.tokenizer.decode_tokens(tokens, grid)
+        video = generator.tokenizer.decode_tokens(drawn[:, :clip_tokens], grid)
         return jnp.round(jnp.clip((video + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
     return sample

@@ -68,7 +68,8 @@ def run(config: ConfigDict, workdir: str) -> Result:
     """
     check(config)
     processes.start()
-    with processes.as_one("train"), contextlib.ExitStack() as stack:
+    # The stack outside: a process that fails ends before what it has open waits for the others.
+    with contextlib.ExitStack() as stack, processes.as_one("train"):
         return _run(_settled(config), workdir, stack)
 
 
@@ -189,7 +190,7 @@ def begin(program: Program, source: Source, checkpoints: Checkpoints) -> tuple[T
 
     Raises ConfigError if the newest checkpoint was trained on other clips.
     """
-    latest = checkpoints.latest
+    latest = processes.agree(checkpoints.latest)  # listings of a shared disk may differ for a moment
     if latest is None:
         return program.init(), {"fingerprint": source.fingerprint, "tokens_seen": 0.0}
     facts = checkpoints.facts(latest)
@@ -208,7 +209,7 @@ def draw_samples(program: Program, params: Any, n: int, workdir: str, writer: Me
     """
     config = program.config
     prompts, seeds = list(config.sample.prompts), range(4)
-    videos = sample.draw(config, program.generator, params, prompts, seeds=seeds, mesh=program.mesh)
+    videos = sample.draw(config, program.generator, params, prompts, seeds=seeds)
     if writer is None:
         return
     shown = media.grid(videos, columns=len(seeds), scale=sample.scale_for(config.sample.width))

@@ -73,6 +73,22 @@ def test_weights_are_gathered_in_the_products_dtype_and_gradients_reduced_in_flo
     text = grads.lower(params, x).as_text()  # as written, before a CPU widens bfloat16
     gathered = re.findall(r"all_gather.*?-> tensor<([^>]*)>", text)
     reduced = re.findall(r"reduce_scatter.*?\n(?:.*\n)*?.*?-> tensor<([^>]*)>", text)
-    assert len(gathered) == 3 and all(shape.endswith("bf16") for shape in gathered)
+    # Three forward, and again backward but for the first, of whose input no gradient is asked.
+    assert len(gathered) == 3 + 2 and all(shape.endswith("bf16") for shape in gathered)
     assert len(reduced) == 3 and all(shape.endswith("f32") for shape in reduced)
     assert {x.dtype for x in jax.tree.leaves(grads(params, x))} == {jnp.dtype("float32")}
+
+
+def test_gradients_of_bfloat16_products_do_not_depend_on_the_mesh(world):
+    """They leave the product in float32, on one device too, and are not rounded on the way."""
+    params, x, target = world
+
+    def gradient(place):
+        module = Pair(place, dtype=jnp.bfloat16)
+        return jax.jit(jax.grad(lambda p: loss(module, p, x.astype(jnp.bfloat16), target)))(params)
+
+    grads = [gradient(place) for place in (None, layout(fsdp=2, context=2))]
+    for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    kernel = grads[0]["params"]["embed"]["kernel"]
+    assert np.any(np.asarray(kernel) != np.asarray(kernel.astype(jnp.bfloat16).astype(jnp.float32)))

@@ -65,7 +65,8 @@ def main(config_json, workdir):
     digests = noise(config, config.train.steps)
     # Four devices in a row: with two processes, both hold a part of each row.
     shared, answers = clips(config, 1, data=1, fsdp=1, context=-1)
-    counted = processes.gathered(np.isin(np.arange(config.rows.count), answers).astype(np.float32))
+    mine = np.isin(np.arange(config.rows.count), answers).astype(np.float32)
+    counted = multihost_utils.process_allgather(mine, tiled=False).reshape(-1, len(mine))
     if processes.is_lead():
         seen = {"ids": ids.tolist(), "noise": digests, "shared": shared.tolist(), "counted": counted.sum(0).tolist()}
         (pathlib.Path(workdir) / "seen.json").write_text(json.dumps(seen))

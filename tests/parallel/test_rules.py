@@ -34,10 +34,11 @@ def test_axes_of_one_device_are_not_named():
 
 
 def test_a_config_can_put_rules_before_the_table(tiny):
-    tiny.mesh.override = ((r"embed/kernel$", ("fsdp", None)),)
+    tiny.mesh.override = ((r"embed/kernel$", ["fsdp", None]),)
     rules = rules_of(tiny.mesh)
     assert spec_of("embed/kernel", (64, 64), SIZES, rules) == P("fsdp", None)
     assert spec_of("head/kernel", (64, 64), SIZES, rules) == P("context", "fsdp")
+    hash(rules)  # an attribute of modules
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,8 @@ def test_a_config_can_put_rules_before_the_table(tiny):
         ({"override": (("(", ("fsdp",)),)}, "expected .path regex"),
         ({"override": (("a", ("model",)),)}, "unknown axis 'model'"),
         ({"override": (("a", (("fsdp", "tensor"),)),)}, "tensor comes first"),
+        ({"override": (("^params/a", ("fsdp",)),)}, "without ."),
+        ({"override": (("a", (None, None, "fsdp")),)}, "names the last two dimensions"),
     ],
 )
 def test_bad_rules_are_told(tiny, change, says):

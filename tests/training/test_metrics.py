@@ -197,6 +197,8 @@ def test_duration(seconds, text):
     assert metrics.duration(seconds) == text
 
 
-@pytest.mark.parametrize("value, text", [(0.5, "0.5"), (999, "999"), (12_300, "12.3k"), (4.56e9, "4.56G"), (3e17, "300P")])
+@pytest.mark.parametrize(
+    "value, text", [(0.5, "0.5"), (999, "999"), (12_300, "12.3k"), (4.56e9, "4.56G"), (3e17, "300P")]
+)
 def test_si(value, text):
     assert metrics.si(value) == text

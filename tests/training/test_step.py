@@ -72,6 +72,7 @@ def reference(world):
         {"fsdp": 4, "rules": "fsdp"},
         {"fsdp": 2, "context": 2},
         {"context": 4, "attention": "ring"},
+        {"fsdp": 2, "context": 2, "accumulate": 2},
         {"context": 2, "tensor": 2},
         {"fsdp": 2, "tensor": 2},
     ],
@@ -79,8 +80,9 @@ def reference(world):
 )
 def test_any_mesh_equals_one_device(world, reference, sizes):
     config = make_tiny()
-    config.mesh.update(data=sizes.get("data", 1), **{k: v for k, v in sizes.items() if k != "data"})
-    mesh = make_mesh(config.mesh, config.rows.count, config.rows.tokens)
+    config.mesh.update({"data": 1} | {k: v for k, v in sizes.items() if k != "accumulate"})
+    config.optimizer.accumulate = sizes.get("accumulate", 1)
+    mesh = make_mesh(config.mesh, config.rows.count, config.rows.tokens, config.optimizer.accumulate)
     state, metrics = stepped(world, config, mesh)
     np.testing.assert_allclose(metrics["loss"], reference[1]["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], reference[1]["grad_norm"], rtol=1e-4)

@@ -33,10 +33,15 @@ class Generator:
     def init(self, key: jax.Array, batch: TokenBatch) -> Any:
         """Parameters, float32; `batch` gives the shapes only: `example(config)`."""
         noisy = jnp.zeros((*batch.segment.shape, self.tokenizer.geometry.features))
-        return self.on_one_device().denoiser.init(key, noisy, jnp.zeros((1, 2)), batch)["params"]
+        return self._on_one_device().denoiser.init(key, noisy, jnp.zeros((1, 2)), batch)["params"]
 
-    def on_one_device(self) -> Generator:
-        """The same, with the same parameters, for batches that do not divide over the mesh; attention as on a CPU."""
+    @property
+    def mesh(self) -> Mesh | None:
+        """Over which its layers spread their work; None: one device."""
+        return self.denoiser.layout and self.denoiser.layout.mesh
+
+    def _on_one_device(self) -> Generator:
+        """The same, with the same parameters, for a row that does not divide over the mesh."""
         text = self.denoiser.text and self.denoiser.text.clone(layout=None)
         denoiser = self.denoiser.clone(layout=None, how=attend.Attending(), text=text)
         return dataclasses.replace(self, denoiser=denoiser)
@@ -90,8 +95,10 @@ def generate(
     steps: int,
     guidance: float,
     eta: float,
+    clip_tokens: int,
 ) -> jax.Array:
-    """Draws tokens [B,S,P] f32 for rows of one clip each, without padding, noise level 1 of the row's two its own.
+    """Draws tokens [B,S,P] f32 for rows of one clip each, of `clip_tokens` and then padding; noise level 1 of the row's
+    two is the clip's own.
 
     Args:
       batch: rows with prompts; `tokens` are what to keep where `known` is True, and are not looked at elsewhere.
@@ -117,7 +124,7 @@ def generate(
         v = predict(batch)
         return v if unconditional is None else guided(v, predict(unconditional), guidance)
 
-    times = sampling_times(objective, steps, noise_BxSxP.shape[1])
+    times = sampling_times(objective, steps, clip_tokens)
     if objective.prediction == "noise":  # which says nothing of the clean signal where all is noise
         times = jnp.minimum(times, 0.98)
     return keep(integrate(velocity, noise_BxSxP, times, solver, keys_B, eta))

@@ -205,7 +205,7 @@ def from_config(
     heads, tokens = heads or config.model.heads, tokens or config.rows.tokens
     sizes = dict(mesh.shape) if mesh else dict.fromkeys(AXES, 1)
     outer, inner = _strategy(config, heads, tokens, sizes)
-    kernel = _kernel_name(config, platform, tokens, sizes)
+    kernel = _kernel_name(config, platform, tokens, sizes, inner)
     one_clip = config.rows.segments == 1
     return Attending(kernel, outer, inner, mesh, BLOCK[platform], one_clip)
 
@@ -231,12 +231,12 @@ def _strategy(config: ConfigDict, heads: int, tokens: int, sizes: dict[str, int]
     local = heads // tensor
     most = math.gcd(local, over)  # the largest that divides both
     told = f"the {local} heads of a device (model.heads={heads} over tensor={tensor})"
+    if over == 1:
+        return "local", 1
     if inner and (inner < 0 or local % inner or over % inner):
         raise ConfigError(
             f"config.mesh.ulysses={inner}: expected a divisor of {told} and of context={over}: {_divisors(most)}"
         )
-    if over == 1:
-        return "local", 1
     if asked == "ulysses" and most < over:
         rest = f", or config.mesh.attention=ulysses+gather with {most} x {over // most}" if most > 1 else ", or gather"
         raise ConfigError(
@@ -250,14 +250,14 @@ def _strategy(config: ConfigDict, heads: int, tokens: int, sizes: dict[str, int]
     return ("local" if inner == over else outer), inner
 
 
-def _kernel_name(config: ConfigDict, platform: str, tokens: int, sizes: dict[str, int]) -> str:
+def _kernel_name(config: ConfigDict, platform: str, tokens: int, sizes: dict[str, int], inner: int) -> str:
     """The kernel of a config, for rows of `tokens` on a mesh of `sizes`; raises ConfigError."""
     asked, slab = config.model.attention, tokens // sizes["context"]
     if asked not in ("auto", *KERNELS):
         near = difflib.get_close_matches(asked, KERNELS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"config.model.attention={asked!r}: known are auto, {', '.join(KERNELS)}{hint}")
-    kernel = _best(config, platform, tokens, sizes) if asked == "auto" else asked
+    kernel = _best(config, platform, tokens, sizes, inner) if asked == "auto" else asked
     needs = {"splash": "tpu", "cudnn": "gpu"}.get(kernel, platform)
     if needs != platform:
         raise ConfigError(f"config.model.attention={kernel}: runs on a {needs}, and this is for a {platform}; try auto")
@@ -273,13 +273,13 @@ def _kernel_name(config: ConfigDict, platform: str, tokens: int, sizes: dict[str
     return kernel
 
 
-def _best(config: ConfigDict, platform: str, tokens: int, sizes: dict[str, int]) -> str:
+def _best(config: ConfigDict, platform: str, tokens: int, sizes: dict[str, int], inner: int) -> str:
     if tokens < LONG[platform]:
         return "dense"
     if platform == "tpu":
         return "splash"
     rows = -(-config.rows.count // (config.optimizer.accumulate * sizes["data"] * sizes["fsdp"]))
-    fits = config.rows.segments == 1 or 2 * rows * tokens * tokens // sizes["context"] <= MASK_BYTES
+    fits = config.rows.segments == 1 or 2 * rows * tokens * tokens // (sizes["context"] // inner) <= MASK_BYTES
     return "cudnn" if platform == "gpu" and fits and not _not_cudnn(config) else "blockwise"
 
 

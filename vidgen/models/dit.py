@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -77,17 +79,18 @@ class DiT(nn.Module):
             self.text_in = linear(self.width, dtype=self.dtype, over_context=False)
             self.text_out = linear(self.width, dtype=self.dtype, over_context=False)
         pattern = layer_pattern(self.window, self.full_every)
-        arguments = (
-            self.heads, self.mlp_ratio, self.dtype, self.residual, self.shared_modulation, self.layout, self.how
-        )  # fmt: skip
-        block = rematerialised(Block, self.remat, self.layout is not None)
+        layout = self.layout and dataclasses.replace(self.layout, rematerialised=self.remat != "none")
+        arguments = (self.heads, self.mlp_ratio, self.dtype, self.residual, self.shared_modulation, layout, self.how)
+        rounds = self.layers // len(pattern)
+        unroll = min(rounds, max(1, self.unroll // len(pattern)))
+        block = rematerialised(Block, self.remat, scanned=unroll < rounds)
         self.blocks = nn.scan(
             block if len(pattern) == 1 else Group,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
-            length=self.layers // len(pattern),
-            unroll=max(1, self.unroll // len(pattern)),
+            length=rounds,
+            unroll=unroll,
         )(*(arguments if len(pattern) == 1 else (block, arguments, pattern)))
         self.final_modulation = modulation(2 * self.width, self.layout)
         self.head = linear(self.features, precision="highest", kernel_init=nn.initializers.zeros)

@@ -29,10 +29,16 @@ WEIGHTS = "weights"  # what gathered weights are called by remat: never saved
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The mesh and the rules by which weights lie on it; hashable, a static attribute of modules."""
+    """The mesh and the rules by which weights lie on it; hashable, a static attribute of modules.
+
+    Attributes:
+      rematerialised: whether the module is, by a policy that drops gathered weights and so gathers them
+        once for all that the backward pass wants of them. Elsewhere a product gathers again by itself.
+    """
 
     mesh: Mesh
     rules: Rules
+    rematerialised: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +46,13 @@ class Product:
     """How one product x [B,…,I] · w [I,O] lies on the mesh.
 
     Attributes:
-      mesh: of the devices.
+      mesh: of the devices; None = one device, where nothing lies in pieces.
       stored: axes of w's pieces, (inputs, outputs), each in the order in which they are cut.
       over_context: whether x's tokens are in pieces over context; text and noise levels are whole there.
       precision: of the products.
     """
 
-    mesh: Mesh
+    mesh: Mesh | None
     stored: tuple[tuple[str, ...], tuple[str, ...]]
     over_context: bool
     precision: str | None = None
@@ -71,8 +77,14 @@ class Product:
         """Spec of w as used: whole but for tensor."""
         return P(*("tensor" if "tensor" in axes else None for axes in self.stored))
 
+    def size(self, axis: str) -> int:
+        """Devices along an axis."""
+        return self.mesh.shape[axis] if self.mesh else 1
+
     def run(self, body: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`body` on each device's own pieces."""
+        if self.mesh is None:
+            return body
         return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
@@ -94,8 +106,15 @@ def _dot(a: jax.Array, b: jax.Array, axes: tuple[Any, Any], how: Product) -> jax
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def product(x: jax.Array, w: jax.Array, whole: jax.Array, how: Product) -> jax.Array:
-    """x · whole in x's dtype; the gradient of the weight goes to w, its stored pieces, in w's dtype."""
+def product(x: jax.Array, w: jax.Array, whole: jax.Array | None, how: Product) -> jax.Array:
+    """x · w in x's dtype; the gradient of the weight goes to w, its stored pieces, summed in w's dtype.
+
+    Sums over the tensor axis are in x's dtype, as the activations that they are.
+
+    Args:
+      whole: w, gathered; None: gathered here, and again for the gradient, instead of being kept till then.
+    """
+    whole = gather(w.astype(x.dtype), how) if whole is None else whole
 
     def body(x, whole):
         y = _dot(x, whole, ((x.ndim - 1,), (0,)), how).astype(x.dtype)
@@ -110,7 +129,7 @@ def _forward(x, w, whole, how):
 
 def _backward(how, saved, dy):
     x, w, whole = saved
-    dtype = w.dtype
+    whole = gather(w.astype(x.dtype), how) if whole is None else whole
     inputs, outputs = how.stored
 
     def body(x, whole, dy):
@@ -119,7 +138,6 @@ def _backward(how, saved, dy):
             dx = jax.lax.psum(dx, "tensor")
         tokens = tuple(range(x.ndim - 1))
         dw = _dot(x, dy, (tokens, tokens), how)
-        cut = {axis for axes in how.stored for axis in axes}
         for dimension, axes in enumerate(how.stored):
             for axis in axes:
                 if axis == "context" and not how.over_context:
@@ -130,11 +148,11 @@ def _backward(how, saved, dy):
                     dw = jax.lax.psum_scatter(dw, axis, scatter_dimension=dimension, tiled=True)
         # What shares the tokens and holds no piece of its own holds the sum.
         shared = (*ROW_AXES, "context") if how.over_context else ROW_AXES
-        shared = tuple(axis for axis in shared if axis not in cut and how.mesh.shape[axis] > 1)
+        shared = tuple(axis for axis in shared if axis not in (*inputs, *outputs) and how.size(axis) > 1)
         return dx, jax.lax.psum(dw, shared) if shared else dw
 
     dx, dw = how.run(body, (how.x, how.used, how.y), (how.x, how.piece))(x, whole, dy)
-    return dx, dw.astype(dtype), None
+    return dx, dw.astype(w.dtype), None
 
 
 product.defvjp(_forward, _backward)
@@ -160,16 +178,20 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        x = x.astype(self.dtype)
-        if self.layout is None:
-            y = jnp.dot(x, kernel.astype(self.dtype), precision=self.precision)
-        else:
-            sizes = dict(self.layout.mesh.shape)
-            spec = spec_of("/".join((*self.path, "kernel")), kernel.shape, sizes, self.layout.rules)
-            stored = tuple((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in (*spec, None, None)[:2])
-            how = Product(self.layout.mesh, stored, self.over_context, self.precision)
+        how, whole = self._product(kernel.shape), None
+        if self.layout is not None and self.layout.rematerialised:
             whole = gather(jax.lax.stop_gradient(kernel).astype(self.dtype), how)
-            y = product(x, kernel, checkpoint_name(whole, WEIGHTS), how)
+            whole = checkpoint_name(whole, WEIGHTS)
+        y = product(x.astype(self.dtype), kernel, whole, how)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y = (y.astype(jnp.float32) + bias).astype(self.dtype)  # so that its gradient too is summed in float32
         return y
+
+    def _product(self, shape: tuple[int, int]) -> Product:
+        if self.layout is None:
+            return Product(None, ((), ()), False, self.precision)
+        sizes = dict(self.layout.mesh.shape)
+        spec = spec_of("/".join((*self.path, "kernel")), shape, sizes, self.layout.rules)
+        inputs, outputs = ((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in (*spec, None, None)[:2])
+        return Product(self.layout.mesh, (inputs, outputs), self.over_context, self.precision)

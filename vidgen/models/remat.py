@@ -13,7 +13,6 @@ import jax
 from flax import linen as nn
 
 from vidgen.config import ConfigError
-from vidgen.models.linear import WEIGHTS
 
 # Per block, in the order in which they are made; sizes per token of width W, with an MLP of ratio r.
 NAMES = {
@@ -23,7 +22,8 @@ NAMES = {
     "key": "W",
     "value": "W",
     "attention_out": "W: of the kernel, before the output product",
-    "attention_lse": "one number a head, f32: with attention_out it spares the kernel's second run",
+    "attention_lse": "one number a head, f32: with attention_out it spares blockwise its second run; splash keeps both "
+    "as attention_out, dense and cudnn run again whatever is kept",
     "attention_project": "W: after the output product",
     "cross_query": "W",
     "cross_key": "W, of text tokens",
@@ -54,7 +54,10 @@ PRESETS: dict[str, dict[str, str]] = {
 def parse(text: str) -> dict[str, str]:
     """name → save, recompute or offload, of `config.model.remat`; raises ConfigError."""
     actions = dict.fromkeys(NAMES, "recompute")
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    parts = list(filter(None, (part.strip() for part in text.split(","))))
+    if "none" in parts and text != "none":
+        raise ConfigError(f"config.model.remat={text!r}: none keeps all there is and stands alone; products is like it")
+    for part in parts:
         name, equals, action = (x.strip() for x in part.partition("="))
         if not equals and name in PRESETS:
             actions |= PRESETS[name]
@@ -76,17 +79,17 @@ def saved(text: str) -> frozenset[str]:
     return frozenset(name for name, action in parse(text).items() if action != "recompute") | {"residual"}
 
 
-def rematerialised(block: type[nn.Module], text: str, sharded: bool) -> type[nn.Module]:
-    """The module under the policy of `config.model.remat`. Gathered weights are never kept."""
-    if text == "none" and not sharded:
-        return block
-    return nn.remat(block, prevent_cse=False, policy=policy(text))
+def rematerialised(block: type[nn.Module], text: str, scanned: bool) -> type[nn.Module]:
+    """The module under the policy of `config.model.remat`.
+
+    `scanned`: whether it is the body of a loop, which by itself keeps the compiler from merging what is computed again
+    with what was computed first.
+    """
+    return block if text == "none" else nn.remat(block, prevent_cse=not scanned, policy=policy(text))
 
 
 def policy(text: str) -> Callable[..., Any] | None:
-    """The policy for `jax.checkpoint`; None: compute all again."""
-    if text == "none":
-        return jax.checkpoint_policies.save_anything_except_these_names(WEIGHTS)
+    """The policy for `jax.checkpoint`; None: compute all again. Gathered weights are never kept."""
     actions = parse(text)
     kept = [name for name, action in actions.items() if action == "save"]
     offloaded = [name for name, action in actions.items() if action == "offload"]

@@ -95,6 +95,9 @@ def _arranged(sizes: dict[str, int], slices: int, devices: list[jax.Device]) -> 
     shape = tuple(sizes.values())
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(shape)  # hosts one after the other, so that the inner axes stay in a host
+    there = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices != there:
+        raise ConfigError(f"config.mesh.slices={slices}: the devices are of {there} slice(s); set it to {there}")
     if slices > 1:
         inner = (shape[0] // slices, *shape[1:])
         return mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)

@@ -158,11 +158,6 @@ def barrier(name: str, timeout: float = TIMEOUT) -> None:
         _timed(f"all {jax.process_count()} processes: {name}", timeout, lambda ms: _client().wait_at_barrier(key, ms))
 
 
-def any_process(flag: bool) -> bool:
-    """Whether any process called this with True; every process calls it, and waits for the slowest."""
-    return bool(gathered(np.asarray([flag], np.float32)).any()) if jax.process_count() > 1 else flag
-
-
 class Pulse:
     """A few numbers of each process, told to all of them every step without anyone waiting.
 
@@ -184,13 +179,8 @@ class Pulse:
         return np.asarray(before)
 
 
-def gathered(mine: np.ndarray) -> np.ndarray:
-    """[k] of each process → [processes, k], on all of them; every process calls it, and waits for the slowest."""
-    return np.asarray(_gather(mine))
-
-
 def _gather(mine: np.ndarray) -> jax.Array:
-    """As `gathered`, under way."""
+    """[k] of each process → [processes, k], on all of them, under way."""
     rows, pick = _gatherer()
     each = jax.make_array_from_callback((jax.device_count(), len(mine)), rows, lambda _: mine[None])
     return pick(each)

@@ -24,19 +24,20 @@ from vidgen.parallel.mesh import AXES, path_name
 Axes = str | tuple[str, ...] | None
 Rules = tuple[tuple[str, tuple[Axes, ...]], ...]
 
-# Weights are stored in pieces over fsdp (their output) and context (their input) and gathered where they are used;
-# `tensor` splits a layer's work: heads and hidden width, the outputs of the first product and the inputs of the second.
-# Two dimensions, since a TPU compiler gathers one that two axes share by an all-reduce of zero-padded pieces.
+# Weights are stored in pieces over fsdp (their outputs) and context (their inputs) and gathered where they are used, axis
+# by axis: of a gather over two axes at once, or of gradients scattered over two along one dimension, TPUs' compiler makes
+# all-reduces. `tensor` splits a layer's work: heads and hidden width, the outputs of the first product and the
+# inputs of the second.
 PRESETS: dict[str, Rules] = {
     "default": (
-        (r"(bytes|ngrams_\d+)/embedding$", (("fsdp", "context"), None)),
+        (r"embedding$", (("fsdp", "context"), None)),
         (r"/(query|key|value|up)/kernel$", ("context", ("tensor", "fsdp"))),
         (r"/(out|down)/kernel$", (("tensor", "context"), "fsdp")),
         (r"kernel$", ("context", "fsdp")),
     ),
-    # Weights over fsdp alone: fewer and larger gathers, for models whose state is small beside the memory.
+    # Weights over fsdp alone: larger pieces, gathers over one axis only.
     "fsdp": (
-        (r"(bytes|ngrams_\d+)/embedding$", ("fsdp", None)),
+        (r"embedding$", ("fsdp", None)),
         (r"/(query|key|value|up)/kernel$", (None, ("tensor", "fsdp"))),
         (r"/(out|down)/kernel$", ("tensor", "fsdp")),
         (r"kernel$", (None, "fsdp")),
@@ -50,22 +51,31 @@ def rules_of(c: ConfigDict) -> Rules:
     """`config.mesh.override`, then the table `config.mesh.rules`; raises ConfigError."""
     if c.rules not in PRESETS:
         raise ConfigError(f"config.mesh.rules={c.rules!r}: known are {', '.join(PRESETS)}")
-    for rule in c.override:
-        try:
-            pattern, axes = rule
-            re.compile(pattern)
-            named = [name for axis in axes for name in ((axis,) if isinstance(axis, str) else axis or ())]
-        except (TypeError, ValueError, re.error) as e:
-            raise ConfigError(
-                f"config.mesh.override: {rule!r}: expected (path regex, (axis or None, …)); {e}"
-            ) from None
-        if any(isinstance(axes, tuple) and "tensor" in axes[1:] for axes in axes):
-            raise ConfigError(f"config.mesh.override: {rule!r}: tensor comes first where axes share a dimension")
-        if unknown := set(named) - set(AXES):
-            raise ConfigError(
-                f"config.mesh.override: {rule!r}: unknown axis {sorted(unknown)[0]!r}; known are {', '.join(AXES)}"
-            )
-    return (*c.override, *PRESETS[c.rules])
+    return (*map(_rule, c.override), *PRESETS[c.rules])
+
+
+def _rule(rule: Any) -> tuple[str, tuple[Axes, ...]]:
+    """One rule of a config, checked."""
+    told = f"config.mesh.override: {rule!r}"
+    try:
+        pattern, tail = rule
+        re.compile(pattern)
+        tail = tuple(tuple(axes) if isinstance(axes, list | tuple) else axes for axes in tail)
+        named = [name for axes in tail for name in _names(axes)]
+    except (TypeError, ValueError, re.error) as e:
+        raise ConfigError(f"{told}: expected (path regex, (axis or None, …)); {e}") from None
+    if pattern.startswith("^") or len(tail) > 2:
+        # The state and the layers that use it look a parameter up by paths and shapes that begin differently.
+        raise ConfigError(f"{told}: a regex is searched for in the path, without ^, and names the last two dimensions")
+    if any("tensor" in _names(axes)[1:] for axes in tail):
+        raise ConfigError(f"{told}: tensor comes first where axes share a dimension")
+    if unknown := set(named) - set(AXES):
+        raise ConfigError(f"{told}: unknown axis {sorted(map(str, unknown))[0]!r}; known are {', '.join(AXES)}")
+    return pattern, tail
+
+
+def _names(axes: Axes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def spec_of(path: str, shape: tuple[int, ...], sizes: dict[str, int], rules: Rules) -> P:
@@ -80,7 +90,7 @@ def spec_of(path: str, shape: tuple[int, ...], sizes: dict[str, int], rules: Rul
 def _dividing(axes: Axes, n: int, sizes: dict[str, int]) -> Axes:
     """Those of the axes, in order, that divide what the ones before leave of n; a lone one as a string."""
     kept = []
-    for axis in (axes,) if isinstance(axes, str) else axes or ():
+    for axis in _names(axes):
         if sizes[axis] > 1 and n % sizes[axis] == 0:
             kept.append(axis)
             n //= sizes[axis]
@@ -111,18 +121,13 @@ class Placed:
     bytes: int
     bytes_per_device: int
 
-    @property
-    def replicas(self) -> float:
-        """Devices' worth of it that each byte is held beyond one: 1 = on one device in all."""
-        return self.bytes_per_device / self.bytes
-
 
 def audit(tree: Any, mesh_sizes: dict[str, int], rules: Rules) -> list[Placed]:
     """Each array's place, largest share of a device first; `tree` may hold shapes only."""
     found = []
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         spec = spec_of(path_name(path), x.shape, mesh_sizes, rules)
-        cut = math.prod(mesh_sizes[a] for axes in spec if axes for a in ((axes,) if isinstance(axes, str) else axes))
+        cut = math.prod(mesh_sizes[a] for axes in spec for a in _names(axes))
         whole = x.size * x.dtype.itemsize
         found.append(Placed(path_name(path), tuple(x.shape), spec, whole, whole // cut))
     return sorted(found, key=lambda p: -p.bytes_per_device)
@@ -133,13 +138,16 @@ LARGE = 64 * 2**20
 
 
 def check_sharded(placed: list[Placed], mesh_sizes: dict[str, int], rules_name: str) -> None:
-    """Raises ConfigError if anything large is replicated on a mesh whose weights are meant to be in pieces."""
-    if mesh_sizes["fsdp"] * mesh_sizes["context"] * mesh_sizes["tensor"] == 1:
+    """Raises ConfigError if anything large is replicated, unless that is what was asked for.
+
+    That is: by a mesh of the data axis alone, or by the rules "replicated".
+    """
+    if mesh_sizes["fsdp"] * mesh_sizes["context"] * mesh_sizes["tensor"] == 1 or rules_name == "replicated":
         return
     whole = [p for p in placed if p.bytes >= LARGE and p.bytes_per_device == p.bytes]
     if whole:
-        worst = whole[0]
+        worst, more = whole[0], f", and {len(whole) - 1} more" if len(whole) > 1 else ""
         raise ConfigError(
             f"config.mesh.rules={rules_name}: {worst.path} {worst.shape} ({worst.bytes / 2**20:.0f} MiB) would lie "
-            f"whole on every device, and {len(whole) - 1} more; widths that the axes divide, or config.mesh.override"
+            f"whole on every device{more}; widths that the axes divide, or config.mesh.override"
         )

@@ -7,6 +7,7 @@ it runs, and how fast, only the devices can say.
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from typing import Any
 
@@ -69,12 +70,12 @@ def devices(topology: Topology) -> list[jax.Device]:
     shape = "x".join(map(str, topology.shape))
     if topology.chip.platform == "tpu":
         libtpu.settle()
-        extra, package = "tpu", "libtpu"
+        extra, package, kind = "tpu", "libtpu", "TPUs"
         arguments: dict[str, Any] = {"platform": "tpu", "topology_name": f"{topology.chip.name}:{shape}"}
         if topology.slices > 1:
             arguments["num_slices"] = topology.slices
     else:
-        extra, package = "cuda", "jax-cuda12-plugin"
+        extra, package, kind = "cuda", "jax-cuda12-plugin", "GPUs"
         arguments = {
             "platform": "cuda",
             "topology_name": topology.chip.name,
@@ -87,7 +88,7 @@ def devices(topology: Topology) -> list[jax.Device]:
         reason = " ".join(str(e).split())
         if not _installed(package):
             raise ConfigError(
-                f"--topology={topology.text}: compiling for {extra.upper()}s needs the package {package}: "
+                f"--topology={topology.text}: compiling for {kind} needs the package {package}: "
                 f'pip install "vidgen[{extra}]"'
             ) from None
         raise ConfigError(f"--topology={topology.text}: {reason[:300]}") from None
@@ -106,7 +107,7 @@ def _installed(package: str) -> bool:
 def compile_for(function: Any, arguments: tuple[Any, ...]) -> Compiled:
     """Compiles a jitted function for the devices that the shardings of `arguments` (ShapeDtypeStructs) name.
 
-    Raises OutOfMemory where the compiler says so.
+    Raises OutOfMemory where the compiler says so, and ConfigError where it refuses for another reason.
     """
     start = time.perf_counter()
     try:
@@ -114,7 +115,7 @@ def compile_for(function: Any, arguments: tuple[Any, ...]) -> Compiled:
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" in str(e) or "out of memory" in str(e).lower():
             raise OutOfMemory(str(e), time.perf_counter() - start) from None
-        raise
+        raise refused(e) from None
     memory = compiled.memory_analysis()
     return Compiled(
         text=compiled.as_text(),
@@ -123,3 +124,11 @@ def compile_for(function: Any, arguments: tuple[Any, ...]) -> Compiled:
         temporary_bytes=memory.temp_size_in_bytes,
         seconds=time.perf_counter() - start,
     )
+
+
+def refused(e: Exception) -> ConfigError:
+    """What a compiler says that it can't make, in a line."""
+    line = next(iter(str(e).strip().splitlines()), type(e).__name__)
+    unknown = re.search(r"(?i)compile option|unknown (flag|option)|not supported/recommended", str(e))
+    hint = "; config.mesh.compiler_options=none does without the options of the table" if unknown else ""
+    return ConfigError(f"the compiler refuses: {line[:300]}{hint}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,19 +12,18 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from vidgen import config as configs
+from vidgen.geometry import Geometry
 from vidgen.models import attend, remat, windows
 from vidgen.models.attend import Attending
-from vidgen.models.dit import layer_pattern
+from vidgen.models.kernels import blockwise
 from vidgen.parallel.mesh import AXES
 from vidgen.planning import mix as mixes
-from vidgen.planning import search
-from vidgen.planning.flops import Pairs, StepFlops, parameters, sample_flops, step_flops
+from vidgen.planning.flops import Pairs, StepFlops, forward_passes, parameters, sample_flops, step_flops
 from vidgen.planning.hardware import Topology
+from vidgen.planning.memory import drawing_parts, host_bytes, training_parts
 from vidgen.planning.mix import Mix
 from vidgen.planning.roofline import Roofline, budget, clip_cost, predict
-from vidgen.planning.search import Candidate
-from vidgen.planning.traffic import communication, memory_traffic
+from vidgen.planning.traffic import communication, drawing_traffic, memory_traffic
 from vidgen.tokenizers.base import geometry_from_config
 
 PLATFORMS = {"tpu": "tpu", "cuda": "gpu"}  # the chips' compilers → what models call the target
@@ -44,7 +44,8 @@ class Estimate:
       strategy: over the context axis.
       roofline: the predicted time.
       from_compiled: whether its transfers were read from the compiled program.
-      drawn: whether a clip is drawn, instead of a step trained.
+      clips: that are drawn at once; 0: a step is trained.
+      notes: what the estimate leaves out, for the report.
     """
 
     mesh: dict[str, int]
@@ -58,13 +59,19 @@ class Estimate:
     strategy: str
     roofline: Roofline
     from_compiled: bool
-    drawn: bool
+    clips: int
+    notes: tuple[str, ...]
 
     def cost(self, topology: Topology, tokens: float, price: float | None) -> dict[str, Any]:
         """Time and money to train on so many tokens, or to draw a clip; `price`: of a chip-hour."""
-        if self.drawn:
-            found = clip_cost(topology, self.roofline.step_s, price=price)
-            return {"chips": found.chips, "chip_hours": found.chip_hours, "cost": found.cost}
+        if self.clips:
+            found = clip_cost(topology, self.roofline.step_s, self.clips, price)
+            return {
+                "chips": found.chips,
+                "clips_at_once": self.clips,
+                "chip_hours": found.chip_hours,
+                "cost": found.cost,
+            }
         return {"tokens": tokens} | dataclasses.asdict(
             budget(topology, self.roofline.step_s, self.tokens, tokens, price)
         )
@@ -89,120 +96,118 @@ class Estimate:
             "predicted_mfu": self.roofline.mfu,
             "predicted_tokens_per_second": self.roofline.tokens_per_second,
             "roofline": dataclasses.asdict(self.roofline),
+            "estimate_notes": list(self.notes),
         }
 
 
+def supposed(config: ConfigDict, mode: str = "train") -> Mix:
+    """The clips that an estimate supposes; raises ConfigError where none fits into a row."""
+    geometry = geometry_from_config(config.tokenizer)
+    return mixes.typical(config, geometry) if mode == "train" else mixes.one_clip(config, geometry)
+
+
 def estimate(
-    config: ConfigDict, topology: Topology, mode: str = "train", collectives: Sequence[Any] | None = None
+    config: ConfigDict,
+    topology: Topology,
+    mode: str = "train",
+    collectives: Sequence[Any] | None = None,
+    shown: Mix | None = None,
 ) -> Estimate:
     """The estimate of a config whose mesh is that of the topology.
 
     Args:
       mode: train, or sample: rows that hold one clip each, drawn in `config.sample.steps` steps.
       collectives: of the compiled program, in place of those that arithmetic expects.
+      shown: what `supposed` gives, to spare it.
     """
-    geometry = geometry_from_config(config.tokenizer)
-    sizes = {axis: config.mesh[axis] for axis in AXES}
-    how = attending(config, topology)
-    shown = mixes.typical(config, geometry) if mode == "train" else None
-    evaluations = 1
-    if mode == "train":
-        useful = shown.pairs(tuple(config.model.window))
-        flops = step_flops(
-            config,
-            geometry.features,
-            useful.full,
-            useful.text,
-            useful.crossed,
-            useful.windowed,
-            executed=executed(config, shown, how),
-            saved=None if config.model.remat == "none" else remat.saved(config.model.remat),
-            kernel=kernel_of(config, how),
-        )
-        words, trained = shown.words, shown.trained
-    else:
-        s = config.sample
-        size = geometry.cover(s.frames, s.height, s.width)
-        window = tuple(config.model.window)
-        grid = tuple(map(int, geometry.grid(*size)))
-        windowed = sum(mixes.window_pairs(grid, window, moved) for moved in (False, True)) / 2 if window else 0.0
-        flops = sample_flops(config, geometry, *size, s.steps, s.guidance, windowed)
-        words, trained = f"1 clip of {'x'.join(map(str, size))}, {s.steps} steps of {s.solver}", geometry.tokens(*size)
-        evaluations = (2 * s.steps - 1 if s.solver == "heun" else s.steps) * (1 if s.guidance == 1 else 2)
-    if collectives is None:
-        traffic = communication(
-            config, sizes, accumulate=config.optimizer.accumulate, strategy=config.mesh.attention, ulysses=how.ulysses
-        )
-        if mode == "sample":
-            traffic = [forward_only(t, evaluations) for t in traffic if "gradients" not in t.role]
-    else:
+    m, s, r = config.model, config.sample, config.rows
+    geometry, sizes = geometry_from_config(config.tokenizer), {axis: config.mesh[axis] for axis in AXES}
+    how, shown, training = attending(config, topology), shown or supposed(config, mode), mode == "train"
+    kernel = kernel_of(config, how)
+    evaluations = forward_passes(s.solver, s.steps, s.guidance)
+    accumulate = config.optimizer.accumulate
+    if collectives is not None:
         traffic = collectives
-    everything = config.model.remat == "none"
-    moved = memory_traffic(
-        config, geometry.features, sizes, recomputed=not everything, accumulate=config.optimizer.accumulate
-    )
+    else:
+        traffic = communication(config, sizes, accumulate=accumulate, strategy=how.strategy, ulysses=how.ulysses)
+        if not training:
+            traffic = [forward_only(t, evaluations) for t in traffic if "gradients" not in t.role]
+    if training:
+        flops = trained_flops(config, geometry, shown, how, kernel)
+        again = m.remat != "none"
+        moved = memory_traffic(config, geometry.features, sizes, recomputed=again, accumulate=accumulate)
+    else:
+        flops = drawn_flops(config, geometry, shown, how)
+        moved = drawing_traffic(config, sizes, evaluations)
     roofline = predict(
         topology,
         sizes,
         flops,
-        kernel=kernel_of(config, how),
-        head=config.model.width // config.model.heads,
-        hbm_bytes=moved if mode == "train" else moved / 4 * evaluations,
+        kernel=kernel,
+        head=m.width // m.heads,
+        hbm_bytes=moved,
         traffic=traffic,
-        tokens=config.rows.count * config.rows.tokens,
+        tokens=r.count * r.tokens,
+        host_bytes=host_bytes(config, sizes) if training else 0.0,
     )
     return Estimate(
         mesh=sizes,
-        mix=words,
+        mix=shown.words + f", {s.steps} steps of {s.solver}" * (not training),
         parameters=parameters(config, geometry.features),
-        tokens=config.rows.count * config.rows.tokens,
-        trained=trained,
+        tokens=r.count * r.tokens,
+        trained=shown.trained,
         flops=flops,
-        kernel=kernel_of(config, how),
-        head=config.model.width // config.model.heads,
+        kernel=kernel,
+        head=m.width // m.heads,
         strategy=how.strategy,
         roofline=roofline,
         from_compiled=collectives is not None,
-        drawn=mode == "sample",
+        clips=0 if training else r.count,
+        notes=(FLOAT32,) if config.dtype == "float32" else (),
     )
 
 
-def rank(config: ConfigDict, topology: Topology) -> list[Candidate]:
-    """Ways to lay the step of a config on a topology, those that fit first, fastest first.
+FLOAT32 = "float32 products: the peak counted with is bfloat16's; expect a fraction of it"
 
-    Raises ConfigError where no mesh divides the step.
-    """
-    geometry = geometry_from_config(config.tokenizer)
-    shown = mixes.typical(config, geometry)
-    alone = configs.override(
-        config, {f"mesh.{axis}": 1 for axis in AXES} | {"mesh.attention": "auto", "mesh.ulysses": 0}
-    )
-    how = attending(alone, topology)
-    return search.rank(
+
+def trained_flops(config: ConfigDict, geometry: Geometry, shown: Mix, how: Attending, kernel: str) -> StepFlops:
+    """Of a training step that holds the clips `shown`."""
+    useful = shown.pairs(tuple(config.model.window), config.model.full_every)
+    return step_flops(
         config,
         geometry.features,
-        topology,
-        shown.pairs(tuple(config.model.window)),
-        executed(config, shown, how),
-        remat.PRESETS,
-        how.computes(),
+        useful.full,
+        useful.text,
+        useful.crossed,
+        useful.windowed,
+        executed=executed(config, shown, how),
+        saved=None if config.model.remat == "none" else remat.saved(config.model.remat),
+        kernel=kernel,
     )
 
 
-def memory_parts(config: ConfigDict, topology: Topology) -> dict[str, float]:
-    """What a device holds at the peak of a step, by the estimate, largest first: what it is → bytes."""
-    actions = remat.parse(config.model.remat)
-    how = attending(config, topology)
-    parts = search.memory_parts(
+def drawn_flops(config: ConfigDict, geometry: Geometry, shown: Mix, how: Attending) -> StepFlops:
+    """Of drawing the clips `shown`, one a row."""
+    s, clips = config.sample, config.rows.count
+    windowed = shown.pairs(tuple(config.model.window), config.model.full_every).windowed / clips
+    run = executed(config, shown, how)
+    one = sample_flops(
         config,
-        geometry_from_config(config.tokenizer).features,
-        {axis: config.mesh[axis] for axis in AXES},
-        accumulate=config.optimizer.accumulate,
-        saved={n for n, act in (actions | {"residual": actions["residual"].replace("recompute", "save")}).items()
-               if act == "save"},
-        everything=config.model.remat == "none",
-        strategy=how.strategy,
-    )  # fmt: skip
+        geometry,
+        *(s.frames, s.height, s.width, s.steps, s.guidance),
+        windowed,
+        row=config.rows.tokens,
+        executed=Pairs(run.full / clips, run.windowed / clips, run.crossed / clips, 0.0),
+    )
+    return one.times(clips)
+
+
+def memory_parts(config: ConfigDict, topology: Topology, mode: str = "train") -> dict[str, float]:
+    """What a device holds at the peak, by the estimate, largest first: what it is → bytes."""
+    how, features = attending(config, topology), geometry_from_config(config.tokenizer).features
+    sizes = {axis: config.mesh[axis] for axis in AXES}
+    found = training_parts if mode == "train" else drawing_parts
+    parts = found(config, features, sizes, how.strategy, how.ulysses)
     return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
@@ -222,21 +227,58 @@ def attending(config: ConfigDict, topology: Topology) -> Attending:
 
 def executed(config: ConfigDict, mix: Mix, how: Attending) -> Pairs:
     """The pairs that attention really computes in a typical step, skipped blocks left out."""
-    r, window = config.rows, tuple(config.model.window)
-    kinds = set(layer_pattern(window, config.model.full_every)) - {"segment"}
-    full = windowed = crossed = 0.0
-    alike = collections.Counter(mix.clips)
-    for clips, times in alike.items():
-        row = mix.clips.index(clips)
+    r, m = config.rows, config.model
+    # Of the mesh it matters how many devices share a row.
+    how = dataclasses.replace(how, mesh=_sharing(how.mesh.shape["context"]))
+    crossed = _crossed(mix, how, r.text)
+    side = blockwise.block_size(r.tokens // how.rounds, how.block)
+    if how.outer == "ring" and r.tokens // how.rounds % side == 0:
+        # Rounds of whole blocks compute the blocks that one device would.
+        how = dataclasses.replace(how, kernel="blockwise", outer="local", ulysses=1, block=side, mesh=_sharing(1))
+    full, windowed = _executed(mix, how, tuple(m.window), m.full_every)
+    return Pairs(full, windowed, crossed, float(r.count * r.text**2))  # the text encoder's attention skips nothing
+
+
+@functools.cache
+def _sharing(context: int) -> AbstractMesh:
+    """A mesh whose devices share each row."""
+    return AbstractMesh((1, 1, context, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+# Both are kept, since a search asks for the same ones often.
+@functools.lru_cache(maxsize=256)
+def _crossed(mix: Mix, how: Attending, text: int) -> float:
+    """`Pairs.crossed` of a step."""
+    return sum(
+        times * attend.executed_pairs(mix.ids(row)[None], mix.text_ids(row, text)[None], how, shared_keys=True)
+        for row, times in _rows(mix)
+    ) / mix.steps  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _executed(mix: Mix, how: Attending, window: tuple[int, ...], full_every: int) -> tuple[float, float]:
+    """`Pairs.full` and `Pairs.windowed` of a step."""
+    full = windowed = 0.0
+    for row, times in _rows(mix):
         ids = mix.ids(row)[None]
         full += times * attend.executed_pairs(ids, ids, how)
-        captions = mix.text_ids(row, r.text)[None]
-        crossed += times * attend.executed_pairs(ids, captions, how, shared_keys=True)
-        for kind in kinds:
-            moved = np.asarray(windows.window_ids(ids, mix.coords(row)[None], window, kind == "shifted"))
-            windowed += times / len(kinds) * attend.executed_pairs(moved, moved, how, windows=True)
-    text = float(r.count * r.text**2)  # the text encoder's attention skips nothing
-    return Pairs(full / mix.steps, windowed / mix.steps, crossed / mix.steps, text)
+        for kind, share in mixes.windowed_layers(window, full_every).items():
+            moved, ordered = _window_ids(mix, row, window, kind == "shifted")
+            keys = moved if how.outer == "ring" else ordered  # sorted anyway, and for every device
+            windowed += times * share * attend.executed_pairs(moved, keys, how, windows=True)
+    return full / mix.steps, windowed / mix.steps
+
+
+def _rows(mix: Mix) -> list[tuple[int, int]]:
+    """(the first row of its kind, how many there are) of rows with different clips."""
+    return [(mix.clips.index(clips), times) for clips, times in collections.Counter(mix.clips).items()]
+
+
+@functools.lru_cache(maxsize=64)
+def _window_ids(mix: Mix, row: int, window: tuple[int, ...], moved: bool) -> tuple[np.ndarray, np.ndarray]:
+    """[1,S] i32: ids of the windows of a row; the same in order."""
+    ids = np.asarray(windows.window_ids(mix.ids(row)[None], mix.coords(row)[None], window, moved))
+    return ids, np.sort(ids)
 
 
 def kernel_of(config: ConfigDict, how: Attending) -> str:

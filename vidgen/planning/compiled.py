@@ -7,8 +7,6 @@ from typing import Any
 
 import jax
 
-from vidgen.config import ConfigError
-from vidgen.parallel.rules import Placed
 from vidgen.planning import aot, hlo
 from vidgen.planning.hardware import Topology
 
@@ -26,7 +24,6 @@ class Compilation:
       collectives: of one device in a step.
       kernels: fused kernels by name.
       buffers: the largest: (bytes, shape, what makes it).
-      placed: where each array of the state lies, largest share of a device first.
     """
 
     fits: bool
@@ -37,7 +34,6 @@ class Compilation:
     collectives: list[hlo.Collective]
     kernels: dict[str, int]
     buffers: list[tuple[int, str, str]]
-    placed: list[Placed]
 
     @property
     def headroom(self) -> float:
@@ -52,11 +48,6 @@ class Compilation:
             "peak_bytes_per_device": self.peak_bytes,
             "hbm_bytes_per_device": self.hbm_bytes,
             "headroom": self.headroom,
-            "state_bytes_per_device": sum(p.bytes_per_device for p in self.placed),
-            "sharding": [
-                {"path": p.path, "shape": p.shape, "spec": list(p.spec), "bytes_per_device": p.bytes_per_device}
-                for p in self.placed
-            ],
             "collectives": rows,
             "overlap": overlap(self.collectives),
             "fused_kernels": self.kernels,
@@ -83,8 +74,8 @@ def overlap(collectives: list[hlo.Collective]) -> dict[str, float]:
         return sum(c.bytes * c.count for c in counted if chosen(c)) / total
 
     return {
-        "asynchronous": share(lambda c: c.asynchronous and c.window),
-        "beside_matmul_or_attention": share(lambda c: c.asynchronous and c.window in ("matmul", "attention")),
+        "asynchronous": share(lambda c: c.hidden),
+        "beside_matmul_or_attention": share(lambda c: c.hidden and c.window in ("matmul", "attention")),
         "weights_by_all_reduce": share(lambda c: c.role == "weights" and c.opcode == "all-reduce"),
     }
 
@@ -95,7 +86,6 @@ def compile_for(
     function: Any,
     arguments: tuple[Any, ...],
     options: dict[str, str],
-    placed: list[Placed],
 ) -> Compilation:
     """Compiles a jitted function for the devices that its arguments' shardings name, and reads what came out.
 
@@ -103,7 +93,6 @@ def compile_for(
       mesh: devices along each axis.
       arguments: ShapeDtypeStructs with shardings.
       options: of the compiler, with which the function was jitted; told with the rest.
-      placed: of the state, told with the rest.
     """
     hbm = topology.chip.hbm_bytes
     try:
@@ -112,9 +101,9 @@ def compile_for(
         try:
             told = hlo.oom(str(e))
         except ValueError:  # of another memory than the devices', of which no setting here gives more
-            raise ConfigError(f"--topology={topology.text}: the compiler refuses: {' '.join(str(e).split())}") from None
+            raise aot.refused(e) from None
         wanted, hbm = told.needed_bytes, told.available_bytes or hbm
-        return Compilation(False, wanted, hbm, e.seconds, options, [], {}, list(told.buffers), placed)
+        return Compilation(False, wanted, hbm, e.seconds, options, [], {}, list(told.buffers))
     return Compilation(
         # A GPU's compiler does not know where the memory ends.
         fits=made.peak_bytes <= hbm,
@@ -125,5 +114,4 @@ def compile_for(
         collectives=hlo.collectives(made.text, mesh),
         kernels=dict(hlo.custom_kernels(made.text)),
         buffers=hlo.largest_buffers(made.text),
-        placed=placed,
     )

@@ -1,7 +1,8 @@
 """Floating-point operations and parameters of the denoiser, counted from its shapes: a multiply and an add are two.
 
 Useful is what the mathematics asks for: products forward, twice that backward, attention between tokens that see each
-other. Executed is what a device runs: attention by whole blocks, a backward kernel that computes scores again, and
+other. A training step's products are those of whole rows, padding included, which packing keeps small. Executed is what
+a device runs: attention by whole blocks, a backward kernel that computes scores again, and
 whatever rematerialisation computes twice. Norms, activations and the pick of modulation are not counted.
 """
 
@@ -28,7 +29,8 @@ class Pairs:
 
     Attributes:
       full: of self-attention over the whole clip; useful: Σ over clips of tokens².
-      windowed: of self-attention within windows; useful: Σ over windows of tokens²; the mean of moved and not.
+      windowed: of self-attention within windows; useful: Σ over windows of tokens²; the mean over the layers that have
+        windows, moved and not as `vidgen.models.dit.layer_pattern` has them.
       crossed: of tokens and their captions; useful: Σ over clips of tokens · text tokens.
       text: of the text encoder; useful: Σ over clips of text tokens².
     """
@@ -41,13 +43,14 @@ class Pairs:
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one training step, over all devices.
+    """FLOPs of one training step, or of drawing clips, over all devices.
 
     Attributes:
       matmul: of all matrix products with weights, of whole rows, padding included, forward and twice that backward.
       attention_useful: of scores and values between tokens that see each other, forward and twice that backward.
       attention_forward, attention_backward: of the attention that is run, once forward and once backward.
       matmul_recomputed, attention_recomputed: of what the backward pass runs again because it was not kept.
+      padding: of `matmul`, what is not useful: of the padding behind a clip that is drawn; of a training step 0.
     """
 
     matmul: float
@@ -56,11 +59,16 @@ class StepFlops:
     attention_backward: float
     matmul_recomputed: float = 0.0
     attention_recomputed: float = 0.0
+    padding: float = 0.0
 
     @property
     def useful(self) -> float:
         """What MFU counts."""
-        return self.matmul + self.attention_useful
+        return self.matmul - self.padding + self.attention_useful
+
+    def times(self, n: int) -> StepFlops:
+        """Of n that are alike."""
+        return StepFlops(*(n * flops for flops in dataclasses.astuple(self)))
 
     @property
     def attention_executed(self) -> float:
@@ -210,26 +218,46 @@ def sample_flops(
     steps: int,
     guidance: float,
     windowed: float = 0.0,
+    *,
+    row: int = 0,
+    executed: Pairs | None = None,
 ) -> StepFlops:
-    """FLOPs of one generated clip: forward only, twice where guidance is not 1, so `useful` is what is executed.
+    """FLOPs of one generated clip: forward only, at each evaluation twice where guidance is not 1.
 
-    The clip is alone in a row without padding, its caption as long as captions may be (`config.rows.caption`), and is
-    encoded once. The tokenizer's decoder isn't counted.
+    The clip is alone in a row, its caption as long as captions may be (`config.rows.caption`), and is encoded once. The
+    tokenizer's decoder isn't counted.
 
     Args:
       frames, height, width: of the clip; sizes that do not cut into tokens grow to the next that do.
       steps: of `config.sample.solver`; heun evaluates the model twice in all but the last.
-      windowed: Σ over the clip's windows of tokens², where the model has windows.
+      windowed: Σ over the clip's windows of tokens², where the model has windows, as in `Pairs`.
+      row: tokens of the row, padding included; 0: the clip's.
+      executed: the pairs that an evaluation computes in a layer of each kind; None: the useful ones.
     """
     tokens, texts, levels = geometry.tokens(*geometry.cover(frames, height, width)), config.rows.caption, 2
-    evaluations = (2 * steps - 1 if config.sample.solver == "heun" else steps) * (1 if guidance == 1 else 2)
+    evaluations = forward_passes(config.sample.solver, steps, guidance)
     text = texts * config.text.layers * 2 * (4 + 2 * 4) * config.text.width**2
     text_squares = 2 * 2 * config.text.width * config.text.layers * texts**2
-    matmul = sum(products(config, tokens, texts, levels).values())
-    matmul += ends(config, geometry.features, tokens, texts, levels) - text
-    own, crossed = attention(config, Pairs(tokens**2, windowed, tokens * texts, 0))
-    attended = 2 * evaluations * (own + crossed) + text_squares
-    return StepFlops(evaluations * matmul + text, attended, attended, 0.0)
+
+    def matmul(tokens: float) -> float:
+        made = sum(products(config, tokens, texts, levels).values())
+        return made + ends(config, geometry.features, tokens, texts, levels) - text
+
+    useful = Pairs(tokens**2, windowed, tokens * texts, 0)
+    asked, run = (sum(attention(config, dataclasses.replace(p, text=0))) for p in (useful, executed or useful))
+    padded = max(row, tokens)
+    return StepFlops(
+        matmul=evaluations * matmul(padded) + text,
+        attention_useful=2 * evaluations * asked + text_squares,
+        attention_forward=2 * evaluations * run + text_squares,
+        attention_backward=0.0,
+        padding=evaluations * (matmul(padded) - matmul(tokens)),
+    )
+
+
+def forward_passes(solver: str, steps: int, guidance: float) -> int:
+    """Evaluations of the model that draw a clip."""
+    return (2 * steps - 1 if solver == "heun" else steps) * (1 if guidance == 1 else 2)
 
 
 def block_parameters(config: ConfigDict) -> int:

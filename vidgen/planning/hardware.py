@@ -35,9 +35,11 @@ class Chip:
       hbm: bytes/s of that memory.
       link: bytes/s, one way, of one ICI link, or of all NVLinks of a GPU.
       torus: dimensions of the ICI torus; 0 = GPUs of a host that all reach each other.
-      ring: an ICI dimension of a multiple of so many chips closes to a ring.
+      ring: an ICI dimension of a multiple of so many chips closes to a ring; of a 3D torus only if all three are.
       network: bytes/s, one way, that a device has of the network between slices, or between hosts of GPUs.
+      host: bytes/s, one way, between a device and its host's memory.
       devices_per_chip, chips_per_host: JAX devices, chips.
+      pod: chips of a slice at most; 0 = as many as there are.
     """
 
     name: str
@@ -51,8 +53,10 @@ class Chip:
     torus: int
     ring: int
     network: float
+    host: float
     devices_per_chip: int
     chips_per_host: int
+    pod: int
 
 
 def _vector(cores: int, clock: float, alus: int = 4) -> float:
@@ -76,8 +80,10 @@ CHIPS: dict[str, Chip] = {
         torus=2,
         ring=16,  # [book]
         network=6.4e12 / 8 / 256,  # [tpu] 6.4 Tbit/s a pod of 256
+        host=15e9,  # [book]
         devices_per_chip=1,
         chips_per_host=4,  # [tpu] of slices of several hosts
+        pod=256,  # [tpu]
     ),
     "v5p": Chip(
         "v5p",
@@ -91,8 +97,10 @@ CHIPS: dict[str, Chip] = {
         torus=3,
         ring=4,  # [book]
         network=50e9 / 8,  # [tpu] 50 Gbit/s a chip
+        host=15e9,  # [book]
         devices_per_chip=1,
         chips_per_host=4,  # [tpu]
+        pod=6144,  # [tpu] the largest job
     ),
     "v6e": Chip(
         "v6e",
@@ -106,8 +114,10 @@ CHIPS: dict[str, Chip] = {
         torus=2,
         ring=16,  # [book]
         network=100e9 / 8,  # [tpu] 100 Gbit/s a chip, on the page of TPU7x
+        host=32e9,  # [book]
         devices_per_chip=1,
         chips_per_host=4,  # [tpu] of slices of several hosts
+        pod=256,  # [tpu]
     ),
     # A chip is two devices, which share its links and its network [tpu].
     "tpu7x": Chip(
@@ -122,8 +132,10 @@ CHIPS: dict[str, Chip] = {
         torus=3,
         ring=4,  # as v5p's
         network=100e9 / 8 / 2,  # [tpu] 100 Gbit/s a chip
+        host=32e9 / 2,  # as v6e's; not published
         devices_per_chip=2,
         chips_per_host=4,  # [tpu]
+        pod=9216,  # [tpu]
     ),
     "h100": Chip(
         "h100",
@@ -137,8 +149,10 @@ CHIPS: dict[str, Chip] = {
         torus=0,
         ring=0,
         network=400e9 / 8,  # [h100] an InfiniBand port of 400 Gbit/s a GPU
+        host=64e9,  # [h100] PCIe of 128 GB/s both ways
         devices_per_chip=1,
         chips_per_host=8,
+        pod=0,
     ),
 }
 
@@ -166,6 +180,7 @@ COMPILER_OPTIONS: dict[str, dict[str, str]] = {
     "v6e": _SPARSE_CORE,
     "tpu7x": {},
     "h100": _APART,
+    "": {},
 }
 
 
@@ -173,7 +188,7 @@ def compiler_options(device: jax.Device) -> dict[str, str]:
     """Of `COMPILER_OPTIONS`, what suits a device, be it here or only compiled for."""
     kind = device.device_kind.lower().replace(" lite", "e").replace(" ", "")
     names = {"tpuv5e": "v5e", "tpuv5p": "v5p", "tpuv5": "v5p", "tpuv6e": "v6e", "tpu7x": "tpu7x"}
-    return COMPILER_OPTIONS["h100"] if "h100" in kind else COMPILER_OPTIONS.get(names.get(kind, ""), {})
+    return COMPILER_OPTIONS["h100" if device.platform == "gpu" else names.get(kind, "")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,43 +226,69 @@ class Topology:
         return self.slices * -(-math.prod(self.shape) // self.chip.chips_per_host)
 
     def larger(self) -> list[Topology]:
-        """The topologies of the same chip that are larger, each twice the one before, up to a pod."""
+        """Larger ones of the same chip, each about twice the one before, as far as its slices (or 4,096 GPUs) go."""
         shape, found = list(self.shape), []
-        most = {2: 256, 3: 8960, 0: 4096}[self.chip.torus]
-        while 2 * math.prod(shape) <= most:
+        while 2 * math.prod(shape) <= (self.chip.pod or 4096):
             grows = 0 if not self.chip.torus else min(range(len(shape)), key=lambda i: (shape[i], -i))
             shape[grows] *= 2
-            found.append(dataclasses.replace(self, shape=tuple(sorted(shape) if self.chip.torus else shape)))
+            if _comes_as(self.chip, tuple(shape)):
+                found.append(dataclasses.replace(self, shape=tuple(sorted(shape) if self.chip.torus else shape)))
         return found
+
+
+# Shapes of slices that Google Cloud has [tpu]; of three dimensions also those that are all multiples of 4.
+SHAPES = {
+    2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
+    3: ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 4), (2, 4, 4)),
+}
+MOST = 2**17  # chips that a topology may name
+
+
+def _comes_as(chip: Chip, shape: tuple[int, ...]) -> bool:
+    """Whether there are slices of this shape, its dimensions in any order."""
+    if not chip.torus:
+        return shape[1] in (1, 2, 4, chip.chips_per_host)
+    cubes = chip.torus == 3 and all(n % 4 == 0 for n in shape) and math.prod(shape) <= chip.pod
+    return cubes or tuple(sorted(shape)) in SHAPES[chip.torus]
+
+
+def _shapes(chip: Chip) -> str:
+    """What `_comes_as` takes, in words."""
+    if not chip.torus:
+        return "1, 2, 4 or 8 GPUs a host"
+    listed = ", ".join("x".join(map(str, shape)) for shape in SHAPES[chip.torus])
+    return listed + f", or multiples of 4 up to {chip.pod} chips" * (chip.torus == 3)
 
 
 def parse_topology(text: str) -> Topology:
     """The topology that a text such as "v5p:4x8x8", "2*v6e:16x16" or "h100:32x8" (hosts x GPUs) names.
 
-    Raises ConfigError, listing the chips known and the shape wanted.
+    Raises ConfigError, listing the chips known and the shapes there are.
     """
     example = {2: "16x16", 3: "4x8x8", 0: "32x8"}
     known = ", ".join(f"{name}:{example[chip.torus]}" for name, chip in CHIPS.items())
-    before, _, rest = text.rpartition("*")
+    before, star, rest = text.rpartition("*")
     name, _, shape = rest.partition(":")
     if name not in CHIPS:
         raise ConfigError(f"--topology={text}: unknown chip {name!r}; known are, for example, {known}")
     chip = CHIPS[name]
     wanted = f"{chip.torus} dimensions of the torus" if chip.torus else "hosts x GPUs a host"
     hint = f"{name}:{example[chip.torus]}"
-    try:
-        sizes, slices = tuple(int(n) for n in shape.split("x")), int(before or 1)
-    except ValueError:
-        raise ConfigError(f"--topology={text}: expected CHIP:SHAPE with {wanted}, like {hint}") from None
+    numbers = [before if star else "1", *shape.split("x")]
+    if not all(n.isascii() and n.isdecimal() and len(n) < 7 for n in numbers):
+        raise ConfigError(f"--topology={text}: expected CHIP:SHAPE with {wanted}, like {hint}")
+    slices, *sizes = map(int, numbers)
     if len(sizes) != (chip.torus or 2) or min(*sizes, slices) < 1:
         raise ConfigError(f"--topology={text}: {name} wants {wanted}, each at least 1, like {hint}")
-    if chip.torus == 2 and max(sizes) > 16:
-        raise ConfigError(f"--topology={text}: a pod of {name} has at most 16x16 chips; several are 2*{name}:16x16")
-    if not chip.torus and sizes[1] > chip.chips_per_host:
+    if not _comes_as(chip, tuple(sizes)):
         raise ConfigError(
-            f"--topology={text}: a host has at most {chip.chips_per_host} {name}; expected hosts x GPUs, like {hint}"
+            f"--topology={text}: {name} comes as {_shapes(chip)}; several slices are 2*{hint}"
+            if chip.torus
+            else f"--topology={text}: a host has {_shapes(chip)}; expected hosts x GPUs, like {hint}"
         )
-    return Topology(chip, sizes, slices)
+    if slices * math.prod(sizes) > MOST:
+        raise ConfigError(f"--topology={text}: {slices * math.prod(sizes):,} chips; expected at most {MOST:,}")
+    return Topology(chip, tuple(sizes), slices)
 
 
 def axis_bandwidth(topology: Topology, mesh: dict[str, int]) -> dict[str, float]:
@@ -276,11 +317,17 @@ def axis_bandwidth(topology: Topology, mesh: dict[str, int]) -> dict[str, float]
             both = math.gcd(size, max(1, chip.devices_per_chip // inside))
             inside *= both
             taken = _take(left, size // both)
-            links = sum(2 if n >= chip.ring and n % chip.ring == 0 else 1 for n in taken)
+            links = sum(2 if _closes(topology, n) else 1 for n in taken)
             rates[axis] = chip.link * max(1, links)
         if slices > 1:
             rates[axis] = min(rates[axis], chip.network * size)
     return {axis: rates[axis] for axis in mesh}
+
+
+def _closes(topology: Topology, n: int) -> bool:
+    """Whether n chips along a dimension are a ring: of three dimensions all are or none, as slices are cubes [tpu]."""
+    ring = topology.chip.ring
+    return n % ring == 0 and (topology.chip.torus == 2 or all(m % ring == 0 for m in topology.shape))
 
 
 def _take(left: list[int], size: int) -> list[int]:

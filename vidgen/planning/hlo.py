@@ -34,6 +34,7 @@ class Collective:
         kernels have none, so that it is a lower bound.
       role: "weights" | "gradients" | "keys" | "other"; see `role_of`.
       name: the scopes it comes from, shortened.
+      members: devices of a group of an all-to-all; 1 for all else.
     """
 
     opcode: str
@@ -46,6 +47,12 @@ class Collective:
     window_cycles: int | None
     role: str
     name: str
+    members: int = 1
+
+    @property
+    def hidden(self) -> bool:
+        """Whether it runs beside some work: a start and a done with nothing between them hide nothing."""
+        return self.asynchronous and bool(self.window)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +134,7 @@ def collectives(text: str, axes: Mapping[str, int]) -> list[Collective]:
                 window_cycles=cycles,
                 role=role_of(t, over, name, gathers=_gathers(module, t), backward=backward),
                 name=_shortened(name) + ("" if certain else " (in a loop of unknown length, counted once)"),
+                members=n if t.opcode == "all-to-all" else 1,
             )
         )
     return found

@@ -12,6 +12,7 @@ from vidgen.config import ConfigError
 from vidgen.data.moving_shapes import MovingShapes
 from vidgen.data.packing import Packing, Row
 from vidgen.geometry import Geometry
+from vidgen.models.dit import layer_pattern
 from vidgen.planning.flops import Pairs
 
 CLIPS = 4096  # of the procedural set that are packed for a plan, in milliseconds
@@ -59,16 +60,22 @@ class Mix:
         coords = np.concatenate(grids) * (self.tick, 1, 1) if grids else np.zeros((0, 3))
         return np.pad(coords, ((0, self.tokens - len(coords)), (0, 0))).astype(np.float32)
 
-    def pairs(self, window: tuple[int, ...] = ()) -> Pairs:
-        """The useful pairs of a step; `window`: `config.model.window`."""
+    def pairs(self, window: tuple[int, ...] = (), full_every: int = 0) -> Pairs:
+        """The useful pairs of a step; `window`, `full_every`: as in `config.model`."""
         clips = [clip for row in self.clips for clip in row]
         tokens = np.array([t * y * x for (t, y, x), _ in clips], float)
         text = np.array([text for _, text in clips], float)
         windowed = 0.0
-        if window:
-            windowed = sum(window_pairs(g, window, moved, self.tick) for g, _ in clips for moved in (False, True)) / 2
+        for kind, share in windowed_layers(window, full_every).items():
+            windowed += share * sum(window_pairs(g, window, kind == "shifted", self.tick) for g, _ in clips)
         sums = (tokens**2).sum(), windowed, (tokens * text).sum(), (text**2).sum()
         return Pairs(*(float(total) / self.steps for total in sums))
+
+
+def windowed_layers(window: tuple[int, ...], full_every: int) -> dict[str, float]:
+    """Of the layers that have windows, the share of each kind: window, and shifted by half a window."""
+    kinds = [kind for kind in layer_pattern(window, full_every) if kind != "segment"]
+    return {kind: kinds.count(kind) / len(kinds) for kind in sorted(set(kinds))}
 
 
 def window_pairs(grid: tuple[int, int, int], window: tuple[int, ...], moved: bool, tick: float = 1.0) -> int:
@@ -92,18 +99,22 @@ def typical(config: ConfigDict, geometry: Geometry) -> Mix:
 
     Raises ConfigError where no clip fits into a row.
     """
-    procedural = config.data.source == "moving_shapes"
-    fps = config.data.moving_shapes.fps if procedural else config.sample.fps
-    tick = geometry.block[0] / fps * 8 if config.model.time_in_seconds else 1.0
-    if procedural:
-        shapes = ConfigDict(config.data.moving_shapes)
-        shapes.clips = min(shapes.clips, CLIPS)
-        sizes = MovingShapes.from_config(shapes).sizes
-        packing = Packing(sizes, geometry, config.rows, config.seed)
-        steps = min(STEPS, packing.steps_per_epoch)
-        rows = tuple(row for step in range(steps) for row in packing.step(step))
-        clips = tuple(tuple(_clip(geometry, p) for p in row) for row in rows)
-        return Mix(_words(rows), clips, config.rows.tokens, steps, tick)
+    if config.data.source != "moving_shapes":
+        return one_clip(config, geometry)
+    shapes = ConfigDict(config.data.moving_shapes)
+    shapes.clips = min(shapes.clips, CLIPS)
+    packing = Packing(MovingShapes.from_config(shapes).sizes, geometry, config.rows, config.seed)
+    steps = min(STEPS, packing.steps_per_epoch)
+    rows = tuple(row for step in range(steps) for row in packing.step(step))
+    clips = tuple(tuple(_clip(geometry, p) for p in row) for row in rows)
+    return Mix(_words(rows), clips, config.rows.tokens, steps, _tick(config, geometry, shapes.fps))
+
+
+def one_clip(config: ConfigDict, geometry: Geometry) -> Mix:
+    """A clip of `config.sample`'s size in each row, with a caption as long as they may be.
+
+    Raises ConfigError where it does not fit.
+    """
     s, r = config.sample, config.rows
     size = geometry.cover(s.frames, s.height, s.width)
     tokens = geometry.tokens(*size)
@@ -113,7 +124,12 @@ def typical(config: ConfigDict, geometry: Geometry) -> Mix:
             f"config.rows.tokens={r.tokens}; nearest: config.rows.tokens={tokens}"
         )
     row = ((geometry.grid(*size), min(r.caption, r.text)),)
-    return Mix(f"1 clip of {'x'.join(map(str, size))} a row", (row,) * r.count, r.tokens, 1, tick)
+    words = f"1 clip of {'x'.join(map(str, size))} a row"
+    return Mix(words, (row,) * r.count, r.tokens, 1, _tick(config, geometry, s.fps))
+
+
+def _tick(config: ConfigDict, geometry: Geometry, fps: float) -> float:
+    return geometry.block[0] / fps * 8 if config.model.time_in_seconds else 1.0
 
 
 def _clip(geometry: Geometry, placed) -> tuple[tuple[int, int, int], int]:

@@ -89,6 +89,7 @@ class Roofline:
       attention_s: attention, recomputed too.
       hbm_s: elementwise work and the optimizer, which memory bounds.
       ici_s, dcn_s: transfers over the links of a slice (or host) and over the data-centre network, if nothing hid them.
+      host_s: what is offloaded to the host, there and back, if nothing hid it.
       exposed_s: what of the transfers the work does not hide.
       step_s: of it all: compute, attention, memory and exposed transfers, one after the other.
       mfu: useful FLOPs over what the peak would do in that time.
@@ -101,6 +102,7 @@ class Roofline:
     hbm_s: float
     ici_s: float
     dcn_s: float
+    host_s: float
     exposed_s: float
     step_s: float
     mfu: float
@@ -127,6 +129,7 @@ def predict(
     hbm_bytes: float,
     traffic: Iterable[Any],
     tokens: float,
+    host_bytes: float = 0.0,
 ) -> Roofline:
     """The step of a program whose work and transfers are known.
 
@@ -136,9 +139,10 @@ def predict(
       kernel: of attention, a key of `KERNELS`.
       head: width of an attention head.
       hbm_bytes: that a device reads and writes beside its products (`vidgen.planning.traffic.memory_traffic`).
-      traffic: each with `axes`, `sent` (bytes of a device, each time), `count` (times a step) and `asynchronous`: by
-        `vidgen.planning.traffic.communication`, or read from the compiled program.
+      traffic: each with `axes`, `sent` (bytes of a device, each time), `count` (times a step), `hidden` (whether it
+        runs beside work) and `members`: by `vidgen.planning.traffic.communication`, or read from the compiled program.
       tokens: of a step.
+      host_bytes: that a device sends to its host in a step, and gets back.
     """
     chip, devices = topology.chip, topology.devices
     peak = chip.flops * devices
@@ -155,8 +159,11 @@ def predict(
         # An exchange over several axes goes over all their links, but is as slow as the slowest of them at the least.
         rate = min((rates.get(axis, chip.link) for axis in t.axes), default=chip.link)
         far = bool(outside & set(t.axes))
-        seconds[far, bool(t.asynchronous)] += t.sent * t.count / rate
-    beside = max(seconds[False, True], seconds[True, True])  # links and network run beside each other
+        # On a ring of links an exchange of all with all passes each byte over n/4 of them in the mean.
+        hops = max(1.0, t.members / 4) if chip.torus else 1.0
+        seconds[far, t.hidden] += t.sent * hops * t.count / rate
+    host = 2 * host_bytes / chip.host  # out forward, back backward
+    beside = max(seconds[False, True], seconds[True, True], host)  # links, network and host beside each other
     exposed = seconds[False, False] + seconds[True, False] + max(0.0, beside - compute - attention)
     step = compute + attention + memory + exposed
     return Roofline(
@@ -165,6 +172,7 @@ def predict(
         hbm_s=memory,
         ici_s=seconds[False, False] + seconds[False, True],
         dcn_s=seconds[True, False] + seconds[True, True],
+        host_s=host,
         exposed_s=exposed,
         step_s=step,
         mfu=flops.useful / peak / step,
@@ -186,13 +194,15 @@ def assumptions(topology: Topology, kernel: str, head: int) -> list[str]:
         if kernel == "cudnn"
         else "matrix units, then the vector unit's operations on each score, counted in the kernel"
     )
+    host = "Austin et al., How to Scale Your Model" if chip.platform == "tpu" else source
     network = "data-centre network" if chip.platform == "tpu" else "InfiniBand"
     return [
         f"a device: {chip.flops / 1e12:.0f} TFLOP/s bf16, {chip.hbm / 1e9:.0f} GB/s of memory ({source})",
         f"{chip.link / 1e9:.0f} GB/s a link and way, {chip.network / 1e9:.2f} GB/s of {network} a device ({source})",
+        f"{chip.host / 1e9:.0f} GB/s and way between a device and its host ({host})",
         f"matrix products at {MATMUL[chip.platform]:.0%} of the peak (from {why})",
         f"attention ({kernel}, heads of {head}) at {forward:.0%} forward, {backward:.0%} backward ({how})",
-        "asynchronous transfers hide behind products and attention; all else adds up",
+        "transfers with work beside them hide behind products and attention; all else adds up",
     ]
 
 

@@ -7,28 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from ml_collections import ConfigDict
 
+from vidgen import config as configs
 from vidgen.config import ConfigError
-from vidgen.planning.flops import Pairs, StepFlops, block_parameters, hidden, parameters, step_flops
+from vidgen.models import remat
+from vidgen.planning import arithmetic
+from vidgen.planning.flops import hidden
 from vidgen.planning.hardware import Topology
-from vidgen.planning.roofline import Roofline, predict
-from vidgen.planning.traffic import (
-    MASTER,
-    MATRIX,
-    Traffic,
-    communication,
-    memory_traffic,
-    shards,
-    split_attention,
-    state_bytes,
-)
+from vidgen.planning.memory import HEADROOM
+from vidgen.planning.roofline import Roofline
 
-STRATEGIES = ("gather", "ulysses", "ring", "ulysses+gather", "ulysses+ring")
-LANES = 128  # of a TPU's vector unit
-HEADROOM = 0.9  # share of the memory that an estimate may fill
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,148 +105,66 @@ def strategies(heads: int, mesh: dict[str, int]) -> list[str]:
     return ["gather", "ring"] + ["ulysses+gather", "ulysses+ring"] * shared
 
 
-def kept_bytes(config: ConfigDict, tensor: int) -> dict[str, float]:
-    """Bytes a token that a block holds for the backward pass if it keeps a tensor, by name; in pieces over tensor."""
-    m = config.model
-    wide = MATRIX * m.width
-    found = dict.fromkeys(("attention_norm", "attention_project", "cross_project", "mlp_down"), wide)
-    found["residual"] = (2 if m.residual == "bfloat16" else 4) * m.width
-    pieces = dict.fromkeys(("query", "key", "value", "attention_out", "cross_query", "cross_out"), wide)
-    pieces |= {"attention_lse": 4 * m.heads, "cross_lse": 4 * m.heads}
-    pieces["mlp_up"] = MATRIX * hidden(m.width, m.mlp_ratio)
-    return found | {name: size / tensor for name, size in pieces.items()}
-
-
-def memory_parts(
-    config: ConfigDict,
-    features: int,
-    mesh: dict[str, int],
-    *,
-    accumulate: int,
-    saved: Collection[str],
-    everything: bool,
-    strategy: str,
-) -> dict[str, float]:
-    """What a device holds at the peak, by the estimate: what it is → bytes.
-
-    Args:
-      saved: names that blocks keep on the device.
-      everything: nothing is computed again, so that what has no name is kept too.
-      strategy: of attention over context.
-    """
-    m, r = config.model, config.rows
-    tensor = mesh["tensor"]
-    rows = r.count / (mesh["data"] * mesh["fsdp"] * accumulate)
-    local = rows * r.tokens / mesh["context"]
-    # Float32: the modulation picked for tokens (6), norms and sums between the named tensors (6).
-    unnamed = 12 * 4 * m.width
-    block = block_parameters(config) / tensor
-    working = local * (2 * unnamed + MATRIX * (12 * m.width + 4 * hidden(m.width, m.mlp_ratio)) / tensor)
-    inner, outer = split_attention(config, mesh, strategy, 0)
-    keys = 2 * rows * r.tokens * m.width / tensor / inner  # numbers, of all tokens
-    exchanged = {"gather": (MATRIX + MASTER) * keys, "ring": 8 * MASTER * keys / (mesh["context"] // inner)}
-    kept = {f"{name} of all layers": m.layers * local * size for name, size in kept_bytes(config, tensor).items()
-            if name in saved}  # fmt: skip
-    return kept | {
-        "weights, their average and the optimizer's moments": state_bytes(config, features, mesh),
-        "gradients": MASTER * parameters(config, features) / shards(config, mesh) * (2 if accumulate > 1 else 1),
-        "what has no name, of all layers": m.layers * local * unnamed if everything else 0.0,
-        # This block's and the next's, gathered, and a gradient in float32.
-        "gathered weights": 2 * MATRIX * block + MASTER * block,
-        "one block at work": working,
-        "keys and values of other devices": exchanged.get(outer, 0.0),
-        "tokens, noise and the two ends": local * (2 * features * 4 + 3 * 4 * m.width),
-    }
+def undivided(config: ConfigDict, topology: Topology) -> ConfigError:
+    """What to say where no mesh of the topology divides a step."""
+    r = config.rows
+    return ConfigError(
+        f"--topology={topology.text}: no mesh of {topology.devices} devices divides config.rows.count={r.count}, "
+        f"config.rows.tokens={r.tokens} and config.model.heads={config.model.heads}; rows or tokens with more factors "
+        f"of {topology.devices} would"
+    )
 
 
 def rank(
     config: ConfigDict,
-    features: int,
     topology: Topology,
-    useful: Pairs,
-    executed: Pairs,
-    presets: Mapping[str, Mapping[str, str]],
-    kernel: str,
+    presets: Iterable[str] = (),
     accumulates: Iterable[int] = (1, 2, 4, 8),
 ) -> list[Candidate]:
     """Ways to lay the step of `config` on a topology, those that fit first, fastest first.
 
-    Of meshes that differ only in how data and fsdp share their devices, the best. What is offloaded to the host is
-    taken to cost neither memory nor time.
+    Of meshes that differ only in how data and fsdp share their devices, the best. What is offloaded to the host takes
+    no memory of the device. Every candidate's time is `arithmetic.estimate` of the config with its changes.
 
     Args:
-      features: P, width of a token.
-      useful, executed: pairs of a step that see each other, and that are computed.
-      presets: of rematerialisation: name → what is done with each tensor, as `vidgen.models.remat.PRESETS`.
-      kernel: of attention, a key of `vidgen.planning.roofline.KERNELS`; a ring always computes blockwise. Splash wants
-        a multiple of 128 of a row's tokens on each device.
+      presets: of `config.model.remat`, to try; empty: all there are, and the config's own.
       accumulates: microbatches to try.
 
     Raises ConfigError where no mesh divides the step.
     """
     m, r = config.model, config.rows
+    presets = tuple(presets) or tuple(dict.fromkeys((*remat.PRESETS, m.remat)))
+    shown = arithmetic.supposed(config)
+    trial = configs.override(config, {"mesh.slices": topology.slices})  # changed in place: there are thousands
+    refusal, found = undivided(config, topology), {}
     shapes = meshes(topology, r.count, r.tokens, m.heads, hidden(m.width, m.mlp_ratio))
-    if kernel.startswith("splash"):
-        shapes = [mesh for mesh in shapes if r.tokens // mesh["context"] % LANES == 0]
-    if not shapes:
-        raise ConfigError(
-            f"--topology={topology.text}: no mesh of {topology.devices} devices divides config.rows.count={r.count}, "
-            f"config.rows.tokens={r.tokens} and config.model.heads={m.heads}; rows or tokens with more factors of "
-            f"{topology.devices} would"
-        )
-    spared = {p: frozenset(n for n, act in names.items() if act != "recompute") for p, names in presets.items()}
-    kept = {p: {n for n, act in names.items() if act == "save"} for p, names in presets.items()}
-    for preset, names in presets.items():
-        kept[preset] |= {"residual"} if names.get("residual") != "offload" else set()
-    work: dict[tuple[str, str], StepFlops] = {}
-    found: dict[tuple, Candidate] = {}
     for mesh, accumulate in itertools.product(shapes, accumulates):
         if r.count % (mesh["data"] * mesh["fsdp"] * accumulate):
             continue
         for strategy in strategies(m.heads, mesh):
-            runs = "blockwise" if strategy.endswith("ring") else kernel
-            traffic: list[Traffic] = communication(config, mesh, accumulate=accumulate, strategy=strategy)
-            for remat, saved in kept.items():
-                everything = remat == "none"
-                if (remat, runs) not in work:
-                    work[remat, runs] = step_flops(
-                        config,
-                        features,
-                        useful.full,
-                        useful.text,
-                        useful.crossed,
-                        useful.windowed,
-                        executed=executed,
-                        saved=None if everything else spared[remat],
-                        kernel=runs,
-                    )
-                flops = work[remat, runs]
-                parts = memory_parts(
-                    config,
-                    features,
-                    mesh,
-                    accumulate=accumulate,
-                    saved=saved,
-                    everything=everything,
-                    strategy=strategy,
-                )
-                size = sum(parts.values())
-                moved = memory_traffic(config, features, mesh, recomputed=not everything, accumulate=accumulate)
-                roofline = predict(
-                    topology,
-                    mesh,
-                    flops,
-                    kernel=runs,
-                    head=m.width // m.heads,
-                    hbm_bytes=moved,
-                    traffic=traffic,
-                    tokens=r.count * r.tokens,
-                )
-                fits = size <= HEADROOM * topology.chip.hbm_bytes
-                new = Candidate(mesh, accumulate, remat, strategy, size, fits, roofline, flops.recomputed_fraction)
-                alike = mesh["context"], mesh["tensor"], accumulate, remat, strategy
+            trial.mesh.update(mesh, attention=config.mesh.attention if strategy == "local" else strategy, ulysses=0)
+            trial.optimizer.accumulate = accumulate
+            try:
+                arithmetic.attending(trial, topology)
+            except ConfigError as e:  # a kernel that won't have so few tokens, say
+                refusal = e
+                continue
+            for preset in presets:
+                trial.model.remat = preset
+                new = _candidate(trial, topology, shown, strategy)
+                alike = mesh["context"], mesh["tensor"], accumulate, preset, strategy
                 found[alike] = min(found.get(alike, new), new, key=_order)
+    if not found:
+        raise refusal
     return sorted(found.values(), key=_order)
+
+
+def _candidate(trial: ConfigDict, topology: Topology, shown: arithmetic.Mix, strategy: str) -> Candidate:
+    e = arithmetic.estimate(trial, topology, shown=shown)
+    size = sum(arithmetic.memory_parts(trial, topology).values())
+    fits = size <= HEADROOM * topology.chip.hbm_bytes
+    accumulate, recomputed = trial.optimizer.accumulate, e.flops.recomputed_fraction
+    return Candidate(e.mesh, accumulate, trial.model.remat, strategy, size, fits, e.roofline, recomputed)
 
 
 def _order(c: Candidate) -> tuple[bool, float, float]:
@@ -261,10 +172,10 @@ def _order(c: Candidate) -> tuple[bool, float, float]:
     return not c.fits, c.step_s if c.fits else c.bytes_per_device, c.bytes_per_device
 
 
-def pareto(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Those that no other beats in both time and memory, fastest first."""
-    best: list[Candidate] = []
-    for c in sorted(candidates, key=lambda c: (c.step_s, c.bytes_per_device)):
-        if not best or c.bytes_per_device < best[-1].bytes_per_device:
-            best.append(c)
+def pareto(found: Iterable[T], cost: Callable[[T], tuple[float, float]]) -> list[T]:
+    """Those that no other beats in both time and memory, fastest first; `cost`: the two."""
+    best: list[T] = []
+    for one in sorted(found, key=cost):
+        if not best or cost(one)[1] < cost(best[-1])[1]:
+            best.append(one)
     return best

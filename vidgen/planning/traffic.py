@@ -12,7 +12,12 @@ from ml_collections import ConfigDict
 
 from vidgen.planning.flops import block_parameters, hidden, parameters
 
-MATRIX, MASTER = 2, 4  # bytes of a number in matrix products, and of a weight, a moment or a gradient
+MASTER = 4  # bytes of a weight, a moment or a gradient
+
+
+def number(config: ConfigDict) -> int:
+    """Bytes of a number in matrix products."""
+    return 4 if config.dtype == "float32" else 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +29,16 @@ class Traffic:
       axes: of the mesh that it runs over.
       sent: bytes that a device sends each time.
       count: times a step.
-      asynchronous: whether it runs beside the devices' work.
+      hidden: whether it runs beside the devices' work.
+      members: devices of a group that exchange all with all; 1 for all else.
     """
 
     role: str
     axes: tuple[str, ...]
     sent: float
     count: int
-    asynchronous: bool
+    hidden: bool
+    members: int = 1
 
 
 def split_attention(config: ConfigDict, mesh: dict[str, int], strategy: str, ulysses: int) -> tuple[int, str]:
@@ -53,10 +60,10 @@ def communication(
 ) -> list[Traffic]:
     """The exchanges of one training step, a device's.
 
-    Weights are gathered in bf16 once forward and once backward, a microbatch; their gradients, and the sums over
-    devices that hold the same pieces, are float32. Keys and values are gathered once each way and their gradients
-    scattered once; a ring sends as much, and the gradients in float32; ulysses exchanges queries, keys, values and
-    results, once forward and twice backward. Tensor parallelism sums three activations a block each way.
+    Weights are gathered, in the dtype of products, once forward and once backward, a microbatch; their gradients, and
+    the sums over devices that hold the same pieces, are float32. Keys and values are gathered once each way and their
+    gradients scattered once; a ring sends as much, and the gradients in float32; ulysses exchanges queries, keys,
+    values and results, once forward and twice backward. Tensor parallelism sums three activations a block each way.
 
     Weights, gradients and the rounds of a ring are taken to run beside the work; the other exchanges stand between two
     pieces of work that need them. What a compiled program does is read from it instead.
@@ -67,42 +74,40 @@ def communication(
       strategy: of attention over context, as `config.mesh.attention` spells it.
       ulysses: as `config.mesh.ulysses`.
     """
-    m, r = config.model, config.rows
+    m, r, matrix = config.model, config.rows, number(config)
     data, fsdp, context, tensor = (mesh[axis] for axis in ("data", "fsdp", "context", "tensor"))
     over = {"default": ("fsdp", "context"), "fsdp": ("fsdp",)}.get(config.mesh.rules, ())
     rows = r.count / (data * fsdp * accumulate)  # of a device, in a microbatch
     times = m.layers * accumulate
     found = []
 
-    def add(role, axes, sent, count, asynchronous=True):
+    def add(role, axes, sent, count, hidden=True, members=1):
         axes = tuple(axis for axis in axes if mesh[axis] > 1)
         if axes and sent:
-            found.append(Traffic(role, axes, sent, count, asynchronous))
+            found.append(Traffic(role, axes, sent, count, hidden, members))
 
     weights = block_parameters(config) / tensor
     pieces = math.prod(mesh[axis] for axis in over)
     shared = math.prod(n for axis, n in mesh.items() if axis not in over and axis != "tensor")
-    add("weights", over, weights * MATRIX * (1 - 1 / pieces), 2 * times)
+    add("weights", over, weights * matrix * (1 - 1 / pieces), 2 * times)
     add("gradients", over, weights * MASTER * (1 - 1 / pieces), times)
     rest = tuple(axis for axis in ("data", "fsdp", "context") if axis not in over)
     add("gradients of copies", rest, 2 * weights / pieces * MASTER * (1 - 1 / shared), times)
 
     width = m.width / tensor
-    row = rows * r.tokens * width * MATRIX  # one activation of whole rows
+    row = rows * r.tokens * width * matrix  # one activation of whole rows
     inner, outer = split_attention(config, mesh, strategy, ulysses)
     rounds = context // inner
     if inner > 1:
-        # On a ring of links an exchange of all with all passes each byte over n/4 links in the mean.
-        hops = max(1.0, inner / 4)
-        add("ulysses", ("context",), 4 * row / context * (1 - 1 / inner) * hops, 3 * times, asynchronous=False)
+        add("ulysses", ("context",), 4 * row / context * (1 - 1 / inner), 3 * times, hidden=False, members=inner)
     if outer != "local":
         # After ulysses a device has all of its group's tokens, for its share of the heads.
         keys = 2 * row / inner * (1 - 1 / rounds)
         ring = outer == "ring"
-        add(f"{outer}: keys and values", ("context",), keys, 2 * times, asynchronous=ring)
-        add(f"{outer}: their gradients", ("context",), keys * (2 if ring else 1), times, asynchronous=ring)
-    summed = 2 * rows * r.tokens / context * m.width * MATRIX * (1 - 1 / tensor)
-    add("tensor", ("tensor",), summed, 6 * times, asynchronous=False)
+        add(f"{outer}: keys and values", ("context",), keys, 2 * times, hidden=ring)
+        add(f"{outer}: their gradients", ("context",), keys * (2 if ring else 1), times, hidden=ring)
+    summed = 2 * rows * r.tokens / context * m.width * matrix * (1 - 1 / tensor)
+    add("tensor", ("tensor",), summed, 6 * times, hidden=False)
     return found
 
 
@@ -126,19 +131,35 @@ def memory_traffic(
 ) -> float:
     """Bytes that a device reads and writes in a step beside what matrix products and attention stream while they work.
 
-    Elementwise work forward, in bytes a token and number of width: the modulation picked for tokens in float32, six
-    written and read (48); norms that read the residual r and write bf16, three times; queries and keys normed, rotated
-    and laid out by heads (read and written twice: 16, cross-attention's query 8), values laid out (4), results laid
-    out (8); three sums into the residual; the activation of an MLP of ratio ρ (4 ρ). Backward twice that, and forward
-    again where blocks are computed again. The optimizer reads weights, average, moments and gradient and writes all
-    but the gradient; a gathered weight is written and read.
+    Elementwise work backward is twice that forward, and forward again where blocks are computed again. A gathered
+    weight is written and read, forward and backward. The optimizer reads weights, average, moments and gradient and
+    writes all but the gradient.
     """
-    m = config.model
-    residual = 2 if m.residual == "bfloat16" else 4
-    a_number = 48 + 3 * (residual + 2) + 16 + 8 + 4 + 8 + 3 * (2 * residual + 2)
-    forward = a_number + 4 * hidden(m.width, m.mlp_ratio) / m.width
-    local = config.rows.count * config.rows.tokens / (mesh["data"] * mesh["fsdp"] * mesh["context"])
-    elementwise = forward * (3 + recomputed) * local * m.width * m.layers / mesh["tensor"]
-    gathered = 2 * 2 * MATRIX * m.layers * block_parameters(config) * accumulate / mesh["tensor"]
     update = 2 * state_bytes(config, features, mesh) + 2 * MASTER * parameters(config, features) / shards(config, mesh)
-    return elementwise + gathered + update
+    return elementwise(config, mesh) * (3 + recomputed) + 2 * gathered(config, mesh) * accumulate + update
+
+
+def drawing_traffic(config: ConfigDict, mesh: dict[str, int], evaluations: int) -> float:
+    """As `memory_traffic`, of `evaluations` forward passes."""
+    return evaluations * (elementwise(config, mesh) + gathered(config, mesh))
+
+
+def gathered(config: ConfigDict, mesh: dict[str, int]) -> float:
+    """Bytes of all gathered weights of blocks, written and read once."""
+    return 2 * number(config) * config.model.layers * block_parameters(config) / mesh["tensor"]
+
+
+def elementwise(config: ConfigDict, mesh: dict[str, int]) -> float:
+    """Bytes that elementwise work moves forward, in all layers of a device.
+
+    In bytes a token and number of width, for products of n bytes: the modulation picked for tokens in float32, six
+    written and read (48); norms that read the residual r and write n, three times; queries and keys normed, rotated and
+    laid out by heads (read and written twice: 8 n, cross-attention's query 4 n), values laid out (2 n), results laid
+    out (4 n); three sums into the residual; the activation of an MLP of ratio ρ (2 n ρ).
+    """
+    m, n = config.model, number(config)
+    residual = 2 if m.residual == "bfloat16" else 4
+    a_number = 48 + 3 * (residual + n) + (8 + 4 + 2 + 4) * n + 3 * (2 * residual + n)
+    a_number += 2 * n * hidden(m.width, m.mlp_ratio) / m.width
+    local = config.rows.count * config.rows.tokens / (mesh["data"] * mesh["fsdp"] * mesh["context"])
+    return a_number * local * m.width * m.layers / mesh["tensor"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from vidgen.planning.arithmetic import Estimate
 from vidgen.planning.compiled import Compilation, overlap
 from vidgen.planning.hardware import Topology
 from vidgen.planning.roofline import assumptions
-from vidgen.planning.search import Candidate
+from vidgen.planning.search import Candidate, pareto
 from vidgen.training.metrics import si
 
 GIB = 2**30
@@ -91,8 +92,7 @@ def compiled(found: Compilation) -> str:
     o = overlap(found.collectives)
     kernels = ", ".join(f"{n} x {name}" for name, n in sorted(found.kernels.items())) or "none"
     lines += [
-        f"  fits: {size(found.peak_bytes)} of {size(found.hbm_bytes)} a device at the peak, {found.headroom:.0%} free; "
-        f"{size(sum(p.bytes_per_device for p in found.placed))} of it state",
+        f"  fits: {size(found.peak_bytes)} of {size(found.hbm_bytes)} a device at the peak, {found.headroom:.0%} free",
         f"  fused kernels: {kernels}",
         f"  of the bytes of weights, gradients and keys {o['asynchronous']:.1%} travel beside work, "
         f"{o['beside_matmul_or_attention']:.1%} beside a matrix product or attention",
@@ -100,7 +100,6 @@ def compiled(found: Compilation) -> str:
     if o["weights_by_all_reduce"]:
         lines.append(f"  {o['weights_by_all_reduce']:.1%} of those bytes are weights gathered by an all-reduce")
     lines += ["", "  collectives of a device in a step", collectives(found), "", "  largest buffers", buffers(found)]
-    lines += ["", "  the state", audit(found.placed)]
     return "\n".join(lines)
 
 
@@ -139,6 +138,14 @@ def audit(placed: list[Placed]) -> str:
     return table(("weight", "shape", "in pieces over", "a device"), rows)
 
 
+def state(placed: list[Placed], mesh: dict[str, int]) -> str:
+    """The audit, and what a device holds of it all."""
+    here, all_of_it = sum(p.bytes_per_device for p in placed), sum(p.bytes for p in placed)
+    devices = math.prod(mesh.values())
+    whole = f"; each of {devices} devices holds all of it" if here == all_of_it and devices > 1 else ""
+    return f"\nSTATE: {size(here)} a device of {size(all_of_it)}{whole}\n{audit(placed)}"
+
+
 def shape_words(shape: tuple[int, ...]) -> str:
     """36x4096x4096."""
     return "x".join(map(str, shape))
@@ -154,18 +161,21 @@ def roofline(e: Estimate, topology: Topology, tokens: float, price: float | None
     """The estimate of the time, its constants and what the run costs."""
     r = e.roofline
     source = "read from the compiled program" if e.from_compiled else "expected from the shapes"
-    what = "a clip" if e.drawn else "a step"
+    what = ("a clip" if e.clips == 1 else f"{e.clips} clips") if e.clips else "a step"
+    host = f", {duration(r.host_s)} to the host and back" * (r.host_s > 0)
     lines = [
         "",
         f"ESTIMATE by a roofline, transfers {source}",
         f"  {what}                    {duration(r.step_s)}: matrix products {duration(r.compute_s)}, attention "
         f"{duration(r.attention_s)}, memory {duration(r.hbm_s)}, transfers not hidden {duration(r.exposed_s)} (of "
-        f"{duration(r.ici_s)} on links, {duration(r.dcn_s)} between slices)",
+        f"{duration(r.ici_s)} on links, {duration(r.dcn_s)} between slices"
+        + f", {duration(r.host_s)} to the host and back" * (r.host_s > 0)
+        + ")",
         f"  MFU                       {r.mfu:.1%}; bound by {r.slowest}",
     ]
     cost = e.cost(topology, tokens, price)
     money = "" if price is None else f", cost {cost['cost']:,.2f}"
-    if e.drawn:
+    if e.clips:
         lines.append(f"  {topology.chips} chips at once           {cost['chip_hours']:.3f} chip-hours a clip{money}")
     else:
         lines += [
@@ -173,7 +183,8 @@ def roofline(e: Estimate, topology: Topology, tokens: float, price: float | None
             f"  {si(tokens) + 'tokens':<25} {cost['steps']:,.0f} steps, {cost['days']:,.1f} days, "
             f"{cost['chip_hours']:,.0f} chip-hours{money}",
         ]
-    return "\n".join([*lines, "  constants", *(f"    {line}" for line in assumptions(topology, e.kernel, e.head))])
+    said = [*assumptions(topology, e.kernel, e.head), *e.notes]
+    return "\n".join([*lines, "  constants", *(f"    {line}" for line in said)])
 
 
 def all_plans(found: Sequence[dict[str, Any]]) -> str:
@@ -242,23 +253,22 @@ def would_fit(ways: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def verdict(row: dict[str, Any]) -> str:
+    """Of a compiled candidate: whether it fits, its memory and its time."""
+    fits = "fits" if row["fits"] else "OUT OF MEMORY"
+    return f"{fits}: {size(row['peak_bytes_per_device'])}, {duration(row['predicted_step_seconds'])} a step"
+
+
 def compiled_candidates(rows: Sequence[dict[str, Any]]) -> str:
     """Compiled candidates, a line each; those that no other beats in both time and memory are marked."""
-    fitting = [r for r in rows if r["fits"]]
 
-    def beaten(r):
-        return any(
-            o["predicted_step_seconds"] <= r["predicted_step_seconds"]
-            and o["peak_bytes_per_device"] <= r["peak_bytes_per_device"]
-            and o is not r
-            and (o["predicted_step_seconds"], o["peak_bytes_per_device"])
-            != (r["predicted_step_seconds"], r["peak_bytes_per_device"])
-            for o in fitting
-        )
+    def cost(r):
+        return r["predicted_step_seconds"], r["peak_bytes_per_device"]
 
+    best = {cost(r) for r in pareto([r for r in rows if r["fits"]], cost)}
     shown = [
         (
-            "*" if r["fits"] and not beaten(r) else "",
+            "*" if r["fits"] and cost(r) in best else "",
             mesh_words(r["mesh"]),
             r["accumulate"],
             r["remat"],

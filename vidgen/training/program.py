@@ -13,14 +13,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from vidgen import config as configs
 from vidgen.batch import TokenBatch
 from vidgen.config import ConfigError
 from vidgen.data.feed import batch_like
 from vidgen.diffusion import generator as generators
 from vidgen.diffusion.generator import Generator
+from vidgen.models import dit
+from vidgen.models.attention import check_heads, dtype_of
 from vidgen.objectives import flow
 from vidgen.parallel.mesh import batch_shardings
-from vidgen.parallel.rules import rules_of, tree_shardings
+from vidgen.parallel.rules import audit, check_sharded, rules_of, tree_shardings
 from vidgen.planning.hardware import compiler_options
 from vidgen.training import optimizers
 from vidgen.training import state as states
@@ -57,6 +60,20 @@ class Program:
     batch_shardings: TokenBatch
 
 
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError on settings of the program that can't be used, whatever the mesh."""
+    configs.check(config)
+    dit.check(config)
+    check_heads("text", config.text)
+    for name, value in (("dtype", config.dtype), ("model.residual", config.model.residual)):
+        dtype_of(name, value)
+    optimizers.from_config(config)
+    flow.check(config.objective)
+    rules_of(config.mesh)
+    if config.mesh.compiler_options not in ("table", "none"):
+        raise ConfigError(f"config.mesh.compiler_options={config.mesh.compiler_options!r}: known are table, none")
+
+
 def build(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> Program:
     """The program of a config on a mesh, whose devices need not exist: nothing is computed or placed on them.
 
@@ -64,8 +81,10 @@ def build(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> Progra
       platform: whose kernels to choose: cpu, gpu or tpu; the mesh's own unless given.
 
     Raises:
-      ConfigError: settings that don't fit together or don't fit the mesh.
+      ConfigError: settings that don't fit together or don't fit the mesh; a large array that would lie whole on each
+        device though the mesh is there to share it.
     """
+    check(config)
     generator = generators.from_config(config, mesh, platform)
     optimizer = optimizers.from_config(config)
 
@@ -73,12 +92,12 @@ def build(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> Progra
         return states.create(generator.init(jax.random.key(config.seed), generators.example(config)), optimizer)
 
     state = jax.eval_shape(init)
-    state_shardings = tree_shardings(state, mesh, rules_of(config.mesh))
+    rules, sizes = rules_of(config.mesh), dict(mesh.shape)
+    check_sharded(audit(state, sizes, rules), sizes, config.mesh.rules)
+    state_shardings = tree_shardings(state, mesh, rules)
     batch = batch_like(config, generator.tokenizer.geometry)
     batch_places = batch_shardings(mesh, batch)
     step = make_step(flow.loss_of(generator, config.objective), flow.trained, optimizer, config, state_shardings.params)
-    if config.mesh.compiler_options not in ("table", "none"):
-        raise ConfigError(f"config.mesh.compiler_options={config.mesh.compiler_options!r}: known are table, none")
     options = compiler_options(mesh.devices.flat[0]) if config.mesh.compiler_options == "table" else {}
     return Program(
         config=config,
