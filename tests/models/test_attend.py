@@ -1,4 +1,7 @@
 import collections
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -249,3 +252,34 @@ def test_executed_pairs_count_the_blocks_that_a_mesh_visits(outer, monkeypatch):
     jax.block_until_ready(jax.jit(lambda q, k, v: attend(q, k, v, IDS, IDS, how))(q, k, v))
     jax.effects_barrier()
     assert visits["pairs"] == executed_pairs(IDS, IDS, how)
+
+
+EIGHT = """
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, Mesh
+from vidgen.models.attend import Attending, attend
+from vidgen.parallel.mesh import AXES
+
+r = np.random.default_rng(0)
+q, k, v = jnp.asarray(r.normal(size=(3, 2, 2, 32, 4)), jnp.float32)
+ids = jnp.asarray(np.repeat([[1, 2, 0], [1, 2, 3]], [10, 18, 4], axis=1), jnp.int32)
+mesh = Mesh(np.asarray(jax.devices()).reshape(1, 2, 4, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+
+def gradient(how):
+    return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x, ids, ids, how))), (0, 1, 2)))(q, k, v)
+
+want = gradient(Attending())
+for outer in ("gather", "ring"):
+    for a, b in zip(gradient(Attending("blockwise", outer, 2, mesh, 8)), want):
+        print(float(jnp.abs(a - b).max() / jnp.abs(b).max()))
+"""
+
+
+def test_two_dimensions_of_context_beside_another_axis():
+    """Groups of the context axis (2 x 2) in each of two fsdp groups: eight devices."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run([sys.executable, "-c", EIGHT], capture_output=True, text=True, check=True, env=environment)
+    errors = [float(line) for line in ran.stdout.split()]
+    assert len(errors) == 6 and max(errors) < 1e-5
