@@ -237,7 +237,7 @@ def _introduce(
     parameters, start = states.count(state.params), int(state.step)
     planned = range(start, start + min(packing.steps_per_epoch, 32))
     stats, shown = packing.stats(planned), _mix(program, source, packing, planned)
-    pairs = shown.pairs(tuple(config.model.window))
+    pairs = shown.pairs(tuple(config.model.window), config.model.full_every)
     features = program.generator.tokenizer.geometry.features
     flops = step_flops(config, features, pairs.full, pairs.text, pairs.crossed, pairs.windowed)
     peak, origin = peak_flops(jax.local_devices()[0])

@@ -13,7 +13,7 @@ from vidgen.models import remat
 from vidgen.models.dit import layer_pattern
 from vidgen.models.windows import window_ids
 from vidgen.planning.flops import Pairs, full_layers, parameters, sample_flops, step_flops, whole_rows
-from vidgen.planning.mix import Mix, typical
+from vidgen.planning.mix import Mix, typical, window_pairs
 from vidgen.tokenizers.base import geometry_from_config
 
 NONE = {"squares": 0, "text_squares": 0, "crossed": 0}
@@ -153,6 +153,14 @@ def test_windows_hold_the_pairs_that_their_ids_say(tick):
     assert mix.pairs(window).windowed == pairs / 2
 
 
+@pytest.mark.parametrize(("full_every", "moved"), [(0, 1 / 2), (2, 0), (3, 1 / 2), (4, 1 / 3), (6, 2 / 5)])
+def test_windows_count_as_often_as_layers_have_them(full_every, moved):
+    mix = Mix("", ((((5, 6, 7), 3),),), tokens=210, steps=1)
+    still, shifted = (window_pairs((5, 6, 7), (2, 4, 3), m) for m in (False, True))
+    assert still != shifted
+    assert mix.pairs((2, 4, 3), full_every).windowed == pytest.approx((1 - moved) * still + moved * shifted)
+
+
 def test_windowed_layers_attend_to_less():
     c = make_tiny()
     c.model.update(layers=4, window=(1, 1, 1), full_every=4)
@@ -187,5 +195,9 @@ def test_a_clip_costs_a_forward_pass_an_evaluation():
     # The text is encoded once.
     text = 48 * 2 * 12 * 32**2 + 4 * 32 * 48**2
     assert guided.useful - text == pytest.approx(20 * (one.useful - text))
+    # Padding and whole blocks are run, and of no use.
+    padded = sample_flops(c, geometry, 5, 16, 16, 10, 3.0, row=16, executed=Pairs(16**2, 0, 16 * 48, 0))
+    assert padded.useful == pytest.approx(guided.useful)
+    assert padded.matmul > 1.7 * guided.matmul and padded.attention_executed > 2 * guided.attention_executed
     c.sample.solver = "heun"
     assert sample_flops(c, geometry, 5, 16, 16, 10, 3.0).useful - text == pytest.approx(38 * (one.useful - text))

@@ -31,9 +31,18 @@ def test_a_topology_is_read_and_written(text, devices, chips, hosts):
         ("v5p-256", "unknown chip 'v5p-256'"),
         ("v5p:16x16", "v5p wants 3 dimensions of the torus"),
         ("v6e:4x4x4", "v6e wants 2 dimensions of the torus"),
-        ("v6e:32x16", "at most 16x16 chips; several are 2*v6e:16x16"),
+        ("v6e:32x16", "comes as 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16; several slices are 2*v6e:16x16"),
+        ("v5e:3x3", "comes as 1x1, 2x2"),
+        ("v5p:3x5x7", "2x4x4, or multiples of 4 up to 6144 chips"),
+        ("v5p:400x400x400", "up to 6144 chips"),
+        ("v5p:16x20x28", "up to 6144 chips"),
+        ("v5p:2_0x4x4", "expected CHIP:SHAPE"),
+        ("2_0*v5p:4x4x4", "expected CHIP:SHAPE"),
+        ("*v5p:2x2x1", "expected CHIP:SHAPE"),
+        ("²*v5p:2x2x1", "expected CHIP:SHAPE"),
+        ("999999*v5p:4x4x4", "expected at most 131,072"),
         ("h100:256", "h100 wants hosts x GPUs a host, each at least 1, like h100:32x8"),
-        ("h100:8x32", "a host has at most 8 h100"),
+        ("h100:8x32", "a host has 1, 2, 4 or 8 GPUs a host"),
         ("v5p:4x8x0", "each at least 1"),
         ("0*v5p:4x8x8", "each at least 1"),
         ("v5p:axbxc", "expected CHIP:SHAPE"),
@@ -46,8 +55,16 @@ def test_what_is_no_topology_is_told_in_a_line(text, says):
     assert says in str(e.value) and "\n" not in str(e.value) and text in str(e.value)
 
 
+def test_larger_topologies_are_such_as_there_are():
+    for text in ("v5p:2x2x1", "v5e:1x1", "v6e:4x4", "h100:1x8", "2*v5p:4x4x4"):
+        found = parse_topology(text).larger()
+        assert found and [parse_topology(t.text) for t in found] == found
+        assert [t.chips for t in found] == sorted(t.chips for t in found)
+    assert parse_topology("v6e:16x16").larger() == []
+
+
 def test_every_chip_has_compiler_options_and_an_example():
-    assert COMPILER_OPTIONS.keys() == CHIPS.keys()
+    assert COMPILER_OPTIONS.keys() >= CHIPS.keys()
 
 
 def mesh(data=1, fsdp=1, context=1, tensor=1):
@@ -61,6 +78,7 @@ def mesh(data=1, fsdp=1, context=1, tensor=1):
         ("v5p:4x8x8", mesh(fsdp=32, context=8), "fsdp", 4),  # two rings
         ("v5p:2x2x1", mesh(context=4), "context", 2),  # two lines
         ("v5p:4x8x8", mesh(fsdp=128, tensor=2), "tensor", 1),  # a quarter of a ring is a line
+        ("v5p:2x4x4", mesh(fsdp=8, context=4), "context", 1),  # less than a cube has no rings
         ("v6e:8x8", mesh(fsdp=8, context=8), "context", 1),  # rings close at 16
         ("v6e:16x16", mesh(fsdp=16, context=16), "context", 2),
         ("tpu7x:4x4x4", mesh(fsdp=16, context=8), "context", 2),  # two devices a chip, four chips in a ring

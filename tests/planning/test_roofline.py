@@ -6,6 +6,7 @@ import pytest
 
 from vidgen.planning.flops import Pairs, sample_flops, step_flops
 from vidgen.planning.hardware import parse_topology
+from vidgen.planning.hlo import Collective
 from vidgen.planning.published import LATENTS, MAXDIFFUSION_STEP_SECONDS, TOKENS, maxdiffusion_step, wan, wan_step
 from vidgen.planning.roofline import (
     KERNELS,
@@ -76,6 +77,24 @@ def step(flops, *traffic, topology="v5p:4x8x8", sizes=None, hbm_bytes=0.0):
         traffic=traffic,
         tokens=TOKENS,
     )
+
+
+def test_an_exchange_of_all_with_all_passes_on_what_others_send(flops):
+    """Read from a program or expected, on a torus; GPUs of a host all reach each other."""
+    read = Collective("all-to-all", ("context",), 10**9, 10**9, 10, False, "", None, "keys", "", members=8)
+    expected = Traffic("ulysses", ("context",), 1e9, 10, False, members=8)
+    assert step(flops, read) == step(flops, expected)
+    assert step(flops, read).ici_s == pytest.approx(2 * 10e9 / 200e9)
+    assert step(flops, read, topology="h100:32x8").ici_s == pytest.approx(10e9 / 450e9)
+
+
+def test_a_window_with_no_work_in_it_hides_nothing(flops):
+    empty, full = (
+        Collective("all-gather", ("fsdp",), 10**9, 10**9, 10, True, window, None, "weights", "")
+        for window in ("", "compute")
+    )
+    assert step(flops, full).exposed_s == 0
+    assert step(flops, empty).exposed_s == pytest.approx(10e9 / 400e9)
 
 
 def test_transfers_hide_behind_work_only_if_asynchronous_and_only_as_far_as_it_goes(flops):

@@ -6,9 +6,9 @@ import pytest
 
 from vidgen import config as configs
 from vidgen.config import ConfigError
-from vidgen.models.remat import PRESETS
+from vidgen.models import attend
 from vidgen.parallel.mesh import axis_sizes, check_fit
-from vidgen.planning.flops import whole_rows
+from vidgen.planning import arithmetic
 from vidgen.planning.hardware import parse_topology
 from vidgen.planning.search import meshes, pareto, rank, strategies
 
@@ -22,9 +22,8 @@ def large():
     return c
 
 
-def ranked(c, topology, presets=PRESETS, **more):
-    pairs = whole_rows(c)
-    return rank(c, 64, parse_topology(topology), pairs, pairs, presets, "splash", **more)
+def ranked(c, topology, presets=("none", "products", "attention", "full"), **more):
+    return rank(c, parse_topology(topology), presets, **more)
 
 
 def test_meshes_are_those_that_divide_rows_tokens_and_heads():
@@ -60,7 +59,7 @@ def test_the_best_come_first_and_their_changes_make_a_config(large):
 
 
 def test_keeping_less_needs_less_memory_and_more_work(large):
-    presets = {name: PRESETS[name] for name in ("none", "products", "attention", "full")}
+    presets = ("none", "products", "attention", "full")
     found = ranked(large, "v5p:4x8x8", presets=presets, accumulates=(1,))
 
     def of(remat, **sizes):
@@ -72,13 +71,13 @@ def test_keeping_less_needs_less_memory_and_more_work(large):
 
 
 def test_exchanging_heads_spares_the_memory_of_gathered_keys(large):
-    found = ranked(large, "v5p:4x8x8", presets={"full": PRESETS["full"]}, accumulates=(1,))
+    found = ranked(large, "v5p:4x8x8", presets=("full",), accumulates=(1,))
     sizes = {c.attention: c.bytes_per_device for c in found if c.mesh["context"] == 32 and c.mesh["tensor"] == 1}
     assert sizes["ulysses"] < sizes["gather"]
 
 
 def test_offloaded_tensors_take_no_memory_of_the_device(large):
-    presets = {"kept": PRESETS["attention"], "away": PRESETS["offload"]}
+    presets = ("attention", "offload")
     found = ranked(large, "v5p:4x8x8", presets=presets, accumulates=(1,))
     by_mesh = {}
     for c in found:
@@ -86,8 +85,8 @@ def test_offloaded_tensors_take_no_memory_of_the_device(large):
     both = [pair for pair in by_mesh.values() if len(pair) == 2]
     assert both
     for pair in both:
-        assert pair["away"].bytes_per_device < pair["kept"].bytes_per_device
-        assert pair["away"].recomputed_fraction == pair["kept"].recomputed_fraction
+        assert pair["offload"].bytes_per_device < pair["attention"].bytes_per_device
+        assert pair["offload"].recomputed_fraction == pair["attention"].recomputed_fraction
 
 
 def test_what_does_not_fit_comes_last_and_is_told_so(large):
@@ -97,9 +96,64 @@ def test_what_does_not_fit_comes_last_and_is_told_so(large):
     assert [c.bytes_per_device for c in found] == sorted(c.bytes_per_device for c in found)
 
 
+def test_what_is_offloaded_takes_time_where_work_does_not_hide_it(large):
+    large.rows.update(tokens=1024, segments=1)  # little work a token
+    large.mesh.update(data=1, fsdp=32)
+    kept, away = (
+        arithmetic.estimate(configs.override(large, {"model.remat": r}), parse_topology("v6e:4x8")).roofline
+        for r in ("full", "residual=offload")
+    )
+    assert kept.host_s == 0 and away.host_s == pytest.approx(2 * 32 * 1024 * 4096 * 2 / 32e9)
+    assert away.exposed_s >= kept.exposed_s
+
+
+@pytest.mark.parametrize(
+    ("topology", "changes"),
+    [
+        ("v5p:4x4x4", {}),
+        ("v5p:4x4x4", {"model.window": (3, 8, 8), "model.full_every": 2, "rows.segments": 1}),
+        ("h100:8x8", {}),  # several clips a row: cudnn or blockwise, as a mask of the row fits
+        ("2*v5e:8x8", {"mesh.rules": "fsdp", "model.remat": "attention, query=save"}),
+    ],
+)
+def test_a_candidates_time_is_the_estimate_of_the_config_with_its_changes(large, topology, changes):
+    large.data.moving_shapes.sizes = ((25, 256, 256), (1, 512, 512))
+    large.rows.update(tokens=12_288)
+    c, where = configs.override(large, changes), parse_topology(topology)
+    found = rank(c, where, (c.model.remat,), accumulates=(1, 2))
+    assert len({x.attention for x in found}) == 6
+    kernels = set()
+    for candidate in found[:: max(1, len(found) // 30)]:
+        changed = configs.override(c, candidate.changes | {"mesh.slices": where.slices})
+        e = arithmetic.estimate(changed, where)
+        assert (e.strategy, e.roofline.step_s) == (candidate.attention, candidate.step_s)
+        kernels.add(e.kernel)
+    assert kernels == ({"cudnn", "blockwise"} if topology.startswith("h100") else {"splash", "blockwise"})
+
+
+def test_pairs_counted_in_one_go_are_those_of_each_device(large):
+    large.model.window = (3, 8, 8)
+    large.data.moving_shapes.sizes = ((25, 256, 256), (1, 512, 512))
+    large.rows.update(tokens=6144)
+    shown = arithmetic.supposed(large)
+    for strategy in ("gather", "ring", "ulysses+gather", "ulysses+ring"):
+        large.mesh.update(data=1, context=4, attention=strategy, ulysses=2 if "+" in strategy else 0)
+        how = arithmetic.attending(large, parse_topology("v5e:2x2"))
+        for windowed in (False, True):
+            ids = arithmetic._window_ids(shown, 0, (3, 8, 8), True) if windowed else shown.ids()[None]
+            each = attend.executed_pairs(ids, ids, how, windows=windowed)
+            assert arithmetic._own_pairs(ids, how, windowed) == each
+
+
+def test_the_configs_own_rematerialisation_is_tried_too(large):
+    large.model.remat = "attention, mlp_up=save"
+    found = rank(large, parse_topology("v5p:4x8x8"), accumulates=(1,))
+    assert {"attention, mlp_up=save", "full", "none"} <= {c.remat for c in found}
+
+
 def test_the_pareto_front_is_beaten_by_none(large):
     found = ranked(large, "v5p:4x8x8")
-    front = pareto(found)
+    front = pareto(found, lambda c: (c.step_s, c.bytes_per_device))
     assert front and front[0].step_s == min(c.step_s for c in found)
     for c in front:
         assert not any(o.step_s < c.step_s and o.bytes_per_device < c.bytes_per_device for o in found)

@@ -228,57 +228,51 @@ def attending(config: ConfigDict, topology: Topology) -> Attending:
 def executed(config: ConfigDict, mix: Mix, how: Attending) -> Pairs:
     """The pairs that attention really computes in a typical step, skipped blocks left out."""
     r, m = config.rows, config.model
-    # Of the mesh it matters how many devices share a row.
-    how = dataclasses.replace(how, mesh=_sharing(how.mesh.shape["context"]))
-    crossed = _crossed(mix, how, r.text)
-    side = blockwise.block_size(r.tokens // how.rounds, how.block)
-    if how.outer == "ring" and r.tokens // how.rounds % side == 0:
-        # Rounds of whole blocks compute the blocks that one device would.
-        how = dataclasses.replace(how, kernel="blockwise", outer="local", ulysses=1, block=side, mesh=_sharing(1))
-    full, windowed = _executed(mix, how, tuple(m.window), m.full_every)
+    alone = (1, 1, how.mesh.shape["context"], 1)  # of the mesh it matters how many devices share a row
+    how = dataclasses.replace(how, mesh=AbstractMesh(alone, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
+    full, windowed, crossed = _executed(mix, how, r.text, tuple(m.window), m.full_every)
     return Pairs(full, windowed, crossed, float(r.count * r.text**2))  # the text encoder's attention skips nothing
 
 
-@functools.cache
-def _sharing(context: int) -> AbstractMesh:
-    """A mesh whose devices share each row."""
-    return AbstractMesh((1, 1, context, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-# Both are kept, since a search asks for the same ones often.
-@functools.lru_cache(maxsize=256)
-def _crossed(mix: Mix, how: Attending, text: int) -> float:
-    """`Pairs.crossed` of a step."""
-    return sum(
-        times * attend.executed_pairs(mix.ids(row)[None], mix.text_ids(row, text)[None], how, shared_keys=True)
-        for row, times in _rows(mix)
-    ) / mix.steps  # fmt: skip
-
-
-@functools.lru_cache(maxsize=256)
-def _executed(mix: Mix, how: Attending, window: tuple[int, ...], full_every: int) -> tuple[float, float]:
-    """`Pairs.full` and `Pairs.windowed` of a step."""
-    full = windowed = 0.0
-    for row, times in _rows(mix):
+@functools.lru_cache(maxsize=512)  # since a search asks for the same ones often
+def _executed(
+    mix: Mix, how: Attending, text: int, window: tuple[int, ...], full_every: int
+) -> tuple[float, float, float]:
+    """(full, windowed, crossed) of `Pairs`."""
+    full = windowed = crossed = 0.0
+    for clips, times in collections.Counter(mix.clips).items():
+        row = mix.clips.index(clips)
         ids = mix.ids(row)[None]
-        full += times * attend.executed_pairs(ids, ids, how)
+        full += times * _own_pairs(ids, how, False)
+        crossed += times * attend.executed_pairs(ids, mix.text_ids(row, text)[None], how, shared_keys=True)
         for kind, share in mixes.windowed_layers(window, full_every).items():
-            moved, ordered = _window_ids(mix, row, window, kind == "shifted")
-            keys = moved if how.outer == "ring" else ordered  # sorted anyway, and for every device
-            windowed += times * share * attend.executed_pairs(moved, keys, how, windows=True)
-    return full / mix.steps, windowed / mix.steps
-
-
-def _rows(mix: Mix) -> list[tuple[int, int]]:
-    """(the first row of its kind, how many there are) of rows with different clips."""
-    return [(mix.clips.index(clips), times) for clips, times in collections.Counter(mix.clips).items()]
+            windowed += times * share * _own_pairs(_window_ids(mix, row, window, kind == "shifted"), how, True)
+    return full / mix.steps, windowed / mix.steps, crossed / mix.steps
 
 
 @functools.lru_cache(maxsize=64)
-def _window_ids(mix: Mix, row: int, window: tuple[int, ...], moved: bool) -> tuple[np.ndarray, np.ndarray]:
-    """[1,S] i32: ids of the windows of a row; the same in order."""
-    ids = np.asarray(windows.window_ids(mix.ids(row)[None], mix.coords(row)[None], window, moved))
-    return ids, np.sort(ids)
+def _window_ids(mix: Mix, row: int, window: tuple[int, ...], moved: bool) -> np.ndarray:
+    return np.asarray(windows.window_ids(mix.ids(row)[None], mix.coords(row)[None], window, moved))
+
+
+def _own_pairs(ids_1xS: np.ndarray, how: Attending, windowed: bool) -> int:
+    """`attend.executed_pairs` of self-attention, in one go where all devices cut a row into the same blocks."""
+    rounds, tokens, kernel = how.rounds, ids_1xS.shape[1], how.computes(windowed)
+    slab = tokens // rounds
+    keys = slab if how.outer == "ring" else tokens
+    if kernel == "splash":
+        from vidgen.models.kernels import splash  # imports Pallas
+
+        sides = splash.sides(*(-(-n // splash.LANES) * splash.LANES for n in (slab, keys)), how.block)
+    else:
+        sides = blockwise.block_size(slab, how.block), blockwise.block_size(keys, how.block)
+    side = sides[0]
+    if kernel not in ("splash", "blockwise") or sides != (side, side) or slab % side or side % 8:
+        return attend.executed_pairs(ids_1xS, ids_1xS, how, windows=windowed)
+    q_ids = k_ids = ids_1xS
+    if windowed:  # which every device sorts by themselves
+        q_ids, k_ids = (np.sort(ids_1xS.reshape(-1, n)).reshape(1, -1) for n in (slab, keys))
+    return attend.executed_pairs(q_ids, k_ids, Attending("blockwise", block=side))
 
 
 def kernel_of(config: ConfigDict, how: Attending) -> str:

@@ -23,6 +23,11 @@ NGRAMS, BUCKETS = 4, 4096  # of the text encoder's hashed embeddings
 BACKWARD = {"dense": 4, "blockwise": 5, "cudnn": 5, "splash": 5, "splash_unfused": 7}
 
 
+# Products that attention runs again before its backward pass even where its results were kept: scores are not kept, and
+# cuDNN's kernel has no name for what it keeps.
+AGAIN = {"dense": 1, "cudnn": 2}
+
+
 @dataclasses.dataclass(frozen=True)
 class Pairs:
     """(query, key) pairs of one step, over all its rows, in one layer of each kind.
@@ -197,8 +202,7 @@ def step_flops(
     again, attention_again = 0.0, 0.0
     if saved is not None:
         again = sum(flops for name, flops in by_name.items() if name not in saved)
-        attention_again += 0 if saved >= {"attention_out", "attention_lse"} else 2 * own
-        attention_again += 0 if saved >= {"cross_out", "cross_lse"} else 2 * cross
+        attention_again = own * _again(kernel, saved, "attention") + cross * _again(kernel, saved, "cross")
     return StepFlops(
         matmul=3.0 * forward,
         attention_useful=6.0 * useful,
@@ -207,6 +211,12 @@ def step_flops(
         matmul_recomputed=again,
         attention_recomputed=attention_again,
     )
+
+
+def _again(kernel: str, saved: frozenset[str], which: str) -> int:
+    """Of the two products of an attention, those that the backward pass runs again. Splash names both results "out"."""
+    needs = {f"{which}_out"} if kernel.startswith("splash") else {f"{which}_out", f"{which}_lse"}
+    return AGAIN.get(kernel, 0) if saved >= needs else 2
 
 
 def sample_flops(

@@ -88,15 +88,15 @@ def refit(config: ConfigDict, topology: Topology) -> ConfigDict:
     def far(sizes: dict[str, int]) -> tuple[float, ...]:
         return tuple(abs(math.log(sizes[axis] / max(1, config.mesh[axis]))) for axis in ("tensor", "context"))
 
-    refusal = undivided(config, topology)
+    refusal = None
     for sizes in sorted((s for s in found if s["data"] == topology.slices), key=far):
         try:
             fitted = on(config, topology, sizes)
             check(fitted, topology)
             return fitted
-        except ConfigError as e:  # a strategy or a kernel that won't have it
-            refusal = e
-    raise refusal
+        except ConfigError as e:  # a strategy or a kernel that won't have it; of the nearest is told
+            refusal = refusal or e
+    raise refusal or undivided(config, topology)
 
 
 def sampling_config(config: ConfigDict, topology: Topology) -> ConfigDict:

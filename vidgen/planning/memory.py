@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from ml_collections import ConfigDict
 
 from vidgen.models import remat
@@ -11,6 +13,7 @@ from vidgen.planning.traffic import MASTER, number, shards, split_attention, sta
 HEADROOM = 0.9  # share of the memory that an estimate may fill
 
 
+@functools.lru_cache(maxsize=64)
 def held(text: str) -> tuple[frozenset[str], frozenset[str]]:
     """(names that blocks keep on the device, names that wait on the host), of `config.model.remat`."""
     actions = remat.parse(text)

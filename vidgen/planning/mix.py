@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -60,6 +61,7 @@ class Mix:
         coords = np.concatenate(grids) * (self.tick, 1, 1) if grids else np.zeros((0, 3))
         return np.pad(coords, ((0, self.tokens - len(coords)), (0, 0))).astype(np.float32)
 
+    @functools.lru_cache(maxsize=16)  # noqa: B019 - of a few frozen ones, in a search thousands of times
     def pairs(self, window: tuple[int, ...] = (), full_every: int = 0) -> Pairs:
         """The useful pairs of a step; `window`, `full_every`: as in `config.model`."""
         clips = [clip for row in self.clips for clip in row]

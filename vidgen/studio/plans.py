@@ -168,9 +168,7 @@ def roofline(e: Estimate, topology: Topology, tokens: float, price: float | None
         f"ESTIMATE by a roofline, transfers {source}",
         f"  {what}                    {duration(r.step_s)}: matrix products {duration(r.compute_s)}, attention "
         f"{duration(r.attention_s)}, memory {duration(r.hbm_s)}, transfers not hidden {duration(r.exposed_s)} (of "
-        f"{duration(r.ici_s)} on links, {duration(r.dcn_s)} between slices"
-        + f", {duration(r.host_s)} to the host and back" * (r.host_s > 0)
-        + ")",
+        f"{duration(r.ici_s)} on links, {duration(r.dcn_s)} between slices{host})",
         f"  MFU                       {r.mfu:.1%}; bound by {r.slowest}",
     ]
     cost = e.cost(topology, tokens, price)
