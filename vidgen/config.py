@@ -79,7 +79,7 @@ def base() -> ConfigDict:
     model.residual = "float32"  # dtype of what a block hands to the next: float32 | bfloat16, at half the memory
     model.unroll = 1  # layers unrolled in the scan; all of them is faster on a CPU, one compiles fastest
     model.attention = "auto"  # kernel: auto (what the device does best) | dense | blockwise | splash | cudnn
-    model.window = ()  # (t, y, x) in tokens: attention within 3D windows, every other layer's moved by half a window
+    model.window = ()  # (t, y, x) in tokens: attention within 3D windows, plain and moved by half in turns
     model.full_every = 4  # with windows: every so-many-th layer attends to the whole clip; 0: none does
 
     c.objective = objective = ConfigDict()

@@ -24,10 +24,10 @@ from vidgen.parallel.mesh import AXES, path_name
 Axes = str | tuple[str, ...] | None
 Rules = tuple[tuple[str, tuple[Axes, ...]], ...]
 
-# Weights are stored in pieces over fsdp (their outputs) and context (their inputs) and gathered where they are used, axis
-# by axis: of a gather over two axes at once, or of gradients scattered over two along one dimension, TPUs' compiler makes
-# all-reduces. `tensor` splits a layer's work: heads and hidden width, the outputs of the first product and the
-# inputs of the second.
+# Weights are stored in pieces over fsdp (their outputs) and context (their inputs) and gathered where they are used,
+# axis by axis: of a gather over two axes at once, or of gradients scattered over two along one dimension, the compiler
+# of TPUs makes all-reduces. `tensor` splits a layer's work: heads and hidden width, the outputs of the first product
+# and the inputs of the second.
 PRESETS: dict[str, Rules] = {
     "default": (
         (r"embedding$", (("fsdp", "context"), None)),
