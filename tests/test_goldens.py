@@ -26,7 +26,7 @@ def fsdp(c):
 
 def windows(c):
     c.mesh.update(data=1, fsdp=2, context=2)
-    c.model.update(window=(1, 2, 2), full_every=2, remat="attention", unroll=1)
+    c.model.update(layers=4, window=(1, 2, 2), full_every=2, remat="attention", unroll=1)
     c.optimizer.update(name="adamw", accumulate=2)
 
 
