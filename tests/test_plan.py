@@ -1,9 +1,11 @@
 """`vidgen plan`: meshes, verdicts and bad input, with the compiler stood in for; tests/planning/test_aot.py has it."""
 
+import dataclasses
 import json
 import math
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import time
@@ -21,6 +23,8 @@ from vidgen.parallel.mesh import make_mesh
 from vidgen.planning import aot
 from vidgen.planning.hardware import parse_topology
 from vidgen.planning.layout import sampling_config
+from vidgen.planning.search import rank
+from vidgen.studio import plans
 from vidgen.training import program
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -376,3 +380,10 @@ def test_the_command_line_has_it_all(tmp_path):
     ):
         ran = subprocess.run([*command, *arguments], capture_output=True, text=True, env=os.environ)
         assert ran.returncode == 2 and says in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_a_candidate_is_told_as_flags_that_a_shell_takes():
+    best = rank(load("wan_14b_720p.py"), parse_topology("v5p:2x2x2"))[0]
+    best = dataclasses.replace(best, remat="attention, residual=offload")
+    words = shlex.split(plans.way(best))
+    assert "--config.model.remat=attention, residual=offload" in words and words[0] == "--mesh"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -215,12 +216,11 @@ def all_plans(found: Sequence[dict[str, Any]]) -> str:
 
 
 def way(c: Candidate) -> str:
-    """A candidate as the flags that ask for it."""
+    """A candidate as the flags that ask for it, ready for a shell."""
     mesh = ",".join(f"{axis}={c.mesh[axis]}" for axis in AXES if c.mesh[axis] > 1)
     flags = [f"--mesh {mesh}"] * bool(mesh)
-    flags += [
-        f"--config.{key}={value}" for key, value in c.changes.items() if not key.startswith("mesh.") or "att" in key
-    ]
+    others = {key: value for key, value in c.changes.items() if not key.startswith("mesh.") or "att" in key}
+    flags += [f"--config.{key}={shlex.quote(str(value))}" for key, value in others.items()]
     return " ".join(flags)
 
 
