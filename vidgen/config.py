@@ -25,6 +25,7 @@ def base() -> ConfigDict:
     """All settings at their defaults."""
     c = ConfigDict()
     c.seed = 0
+    c.task = "denoiser"  # what is trained: denoiser (objective.*, on packed rows) | vae (reconstruction.*, on clips.*)
     c.dtype = "bfloat16"  # of matrix products: bfloat16 | float32; master weights and all norms are float32
 
     c.data = data = ConfigDict()
@@ -35,6 +36,7 @@ def base() -> ConfigDict:
     data.fps = 0.0  # of a TFDS data source of decoded frames, which do not say; 0: 24
     data.threads = 2  # that read and decode
     data.prefetch = 4  # batches ready ahead of the step
+    data.latents = ""  # directory of `vidgen encode`; empty: a vae encodes while it trains
 
     # What the procedural set shows; see vidgen/data/moving_shapes.py.
     data.moving_shapes = shapes = ConfigDict()
@@ -54,11 +56,42 @@ def base() -> ConfigDict:
     rows.window = 4096  # clips that are packed together, at least
 
     c.tokenizer = tokenizer = ConfigDict()
-    tokenizer.name = "patch"  # patch | wavelet
-    tokenizer.stride = (4, 8, 8)  # pixels a latent covers in (t, y, x); powers of two for wavelet
+    tokenizer.name = "patch"  # patch | wavelet | vae
+    tokenizer.weights = ""  # of a vae: a workdir that trained one, or a directory of `vidgen import`
+    tokenizer.stride = (4, 8, 8)  # pixels a latent covers in (t, y, x); powers of two for wavelet; a vae has its own
     tokenizer.patch = (1, 1, 1)  # latents a token covers in (t, y, x)
-    tokenizer.mean = 0.0  # of the latents, for pixels in [-1, 1]
+    tokenizer.mean = 0.0  # of the latents, for pixels in [-1, 1]; a vae has its own, a channel each
     tokenizer.std = 0.5
+
+    # The causal video VAE that task=vae trains; see vidgen/tokenizers/vae.py. The defaults are Wan 2.1's.
+    c.vae = vae = ConfigDict()
+    vae.base_dim = 96  # width of the encoder's first level; level i is dim_mult[i] times as wide
+    vae.decoder_base_dim = 0  # of the decoder's last level; 0: base_dim
+    vae.dim_mult = (1, 2, 4, 4)  # each level but the last halves height and width
+    vae.temporal_downsample = (False, True, True)  # which of them halve the frames as well
+    vae.num_res_blocks = 2  # residual blocks a level; the decoder has one more
+    vae.z_dim = 16  # channels of a latent
+    vae.residual = False  # Wan 2.2: parameter-free shortcuts around the levels
+    vae.patch = 1  # pixels that are folded into channels first, in y and x; Wan 2.2: 2
+    vae.remat = True  # blocks are computed again in the backward pass
+
+    # What the VAE learns from: chunks cut out of the clips at random, of one of these sizes a step.
+    c.clips = clips = ConfigDict()
+    clips.shapes = ((1, 64, 64, 16), (9, 64, 64, 4), (17, 64, 64, 2))  # (frames, height, width, chunks a step)
+    clips.weights = ()  # how often each is drawn, after the images; empty: alike
+    clips.image_steps = 0  # steps at the start that see shapes of one frame only
+
+    # What the VAE's step minimises; see vidgen/objectives/reconstruction.py.
+    c.reconstruction = reconstruction = ConfigDict()
+    reconstruction.l1 = 1.0  # weight of the mean absolute error of pixels in [-1, 1]
+    reconstruction.kl = 1e-6  # of the KL divergence to a standard normal, a latent value
+    reconstruction.lpips = 0.0  # of LPIPS (VGG16); needs the extra [perceptual]
+    reconstruction.lpips_frames = 4  # frames of a chunk that LPIPS and the image critic see, drawn each step; 0: all
+    reconstruction.gan = 0.0  # of the critics, times the adaptive weight; 0: no critics
+    reconstruction.gan_start = 0  # steps before the critics join
+    reconstruction.gan_dim = 64  # width of the critics' first layer
+    reconstruction.gan_layers = 3  # of stride 2
+    reconstruction.gan_video = True  # a critic of clips beside the one of frames
 
     c.text = text = ConfigDict()
     text.width = 256  # E
@@ -157,6 +190,20 @@ RANGES: dict[str, tuple[float, float]] = {
     "rows.window": (1, math.inf),
     "tokenizer.mean": (-1e6, 1e6),
     "tokenizer.std": (1e-6, 1e6),
+    "vae.base_dim": (1, math.inf),
+    "vae.decoder_base_dim": (0, math.inf),
+    "vae.num_res_blocks": (1, 1000),
+    "vae.z_dim": (1, math.inf),
+    "vae.patch": (1, 64),
+    "clips.image_steps": (0, math.inf),
+    "reconstruction.l1": (0, 1e6),
+    "reconstruction.kl": (0, 1e6),
+    "reconstruction.lpips": (0, 1e6),
+    "reconstruction.lpips_frames": (0, math.inf),
+    "reconstruction.gan": (0, 1e6),
+    "reconstruction.gan_start": (0, math.inf),
+    "reconstruction.gan_dim": (1, math.inf),
+    "reconstruction.gan_layers": (1, 8),
     "text.width": (2, math.inf),
     "text.layers": (0, 1000),
     "text.heads": (1, math.inf),

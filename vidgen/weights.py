@@ -1,0 +1,159 @@
+"""A directory of weights: `weights.json`, what they are of, and `weights.safetensors`, the arrays.
+
+Nothing of it is executed: safetensors hold numbers, and JSON says which module they belong to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vidgen.config import ConfigError
+
+JSON, TENSORS = "weights.json", "weights.safetensors"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weights:
+    """Weights as they lie on disk.
+
+    Attributes:
+      kind: of module, such as "vae".
+      config: of that module, plain JSON values.
+      params: nested dict of NumPy arrays, in the module's own names and layouts.
+      digest: 16 hex digits of a hash over kind, config and arrays.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    params: dict[str, Any]
+    digest: str
+
+
+def save(directory: str, kind: str, config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+    """Writes a directory of weights, whole or not at all, in place of what was there of the same kind.
+
+    Raises ConfigError where it can't be written, or where the directory holds something else.
+    """
+    directory = os.path.abspath(directory)
+    if os.path.isdir(directory) and (other := set(os.listdir(directory)) - {JSON, TENSORS}):
+        raise ConfigError(f"{directory}: expected an empty or a new directory, it holds {sorted(other)[0]}")
+    parent = os.path.dirname(directory)
+    try:
+        os.makedirs(parent, exist_ok=True)
+        made = tempfile.mkdtemp(prefix=f".{os.path.basename(directory)}.", dir=parent)
+        try:
+            os.chmod(made, 0o755)
+            write_safetensors(os.path.join(made, TENSORS), flatten(params))
+            with open(os.path.join(made, JSON), "w", encoding="utf-8") as f:
+                json.dump({"kind": kind, "config": dict(config)}, f, indent=2, sort_keys=True)
+            if os.path.isdir(directory):
+                old = f"{made}.old"
+                os.rename(directory, old)
+                os.rename(made, directory)
+                shutil.rmtree(old)
+            else:
+                os.rename(made, directory)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    except OSError as e:
+        raise ConfigError(f"{directory}: {e.strerror or e}; expected a place that can be written") from None
+
+
+def load(directory: str, kind: str = "") -> Weights:
+    """Reads a directory of weights, of this kind if one is given; raises ConfigError."""
+    about = describe(directory, kind)
+    flat = read_safetensors(os.path.join(directory, TENSORS))
+    return Weights(about["kind"], about["config"], nest(flat), digest(about["kind"], about["config"], flat))
+
+
+def describe(directory: str, kind: str = "") -> dict[str, Any]:
+    """{"kind", "config"} of a directory of weights, without its arrays; raises ConfigError."""
+    path = os.path.join(directory, JSON)
+    try:
+        with open(path, encoding="utf-8") as f:
+            about = json.load(f)
+        found = about["kind"], dict(about["config"])
+    except OSError as e:
+        hint = ""
+        if os.path.exists(os.path.join(directory, "config.json")):
+            hint = f"; weights of diffusers become one by: vidgen import --format diffusers {directory} --output OUT"
+        raise ConfigError(f"{path}: {e.strerror or e}; expected a directory of weights{hint}") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"{path}: not what vidgen writes ({e})") from None
+    if kind and found[0] != kind:
+        raise ConfigError(f"{path}: weights of kind {found[0]!r}; expected {kind!r}")
+    return {"kind": found[0], "config": found[1]}
+
+
+def find(path: str) -> str:
+    """The directory of weights that `path` means: itself, or `weights/` in a workdir; raises ConfigError."""
+    for directory in (path, os.path.join(path, "weights")):
+        if os.path.exists(os.path.join(directory, JSON)):
+            return directory
+    if os.path.isdir(os.path.join(path, "checkpoints")):
+        raise ConfigError(f"{path}: a workdir without weights/ yet; a run with task=vae writes it at each checkpoint")
+    describe(path)  # says what is missing
+    raise ConfigError(f"{path}: no weights there")
+
+
+def digest(kind: str, config: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> str:
+    """16 hex digits that change with the kind, the config, and any bit, shape or name of the arrays."""
+    h = hashlib.sha256(json.dumps([kind, dict(config)], sort_keys=True).encode())
+    for name in sorted(flat):
+        array = np.ascontiguousarray(flat[name])
+        h.update(f"{name} {array.dtype} {array.shape}".encode())
+        h.update(array.reshape(-1).view(np.uint8).data)
+    return h.hexdigest()[:16]
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+    """Nested dicts → {"a/b/c": array}."""
+    flat: dict[str, np.ndarray] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = np.asarray(value)
+    return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, leaf = name.split("/")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return tree
+
+
+def read_safetensors(path: str) -> dict[str, np.ndarray]:
+    """All arrays of a safetensors file, bfloat16 by ml_dtypes; raises ConfigError if it is missing, cut or none."""
+    import ml_dtypes  # noqa: F401  makes bfloat16 known to NumPy
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror or e}; expected a safetensors file") from None
+    except SafetensorError as e:
+        raise ConfigError(f"{path}: not a whole safetensors file ({e})") from None
+
+
+def write_safetensors(path: str, flat: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes arrays as a safetensors file; raises OSError."""
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ascontiguousarray(value) for name, value in flat.items()}, path, metadata=metadata)
