@@ -20,10 +20,13 @@ vidgen trains video generation models.
   vidgen report   --workdir runs/a                                     runs/a/report.html: curves, samples, figures
   vidgen ingest   --input VIDEOS --output SHARDS                       your own video files, made ready to train on
   vidgen inspect  SHARDS                                               what is in a data set, and what was dropped
+  vidgen encode   --config configs/x.py --output LATENTS               a VAE's latents, made once, to train on
+  vidgen import   --format diffusers DIR --output WEIGHTS              weights of other projects in
+  vidgen export   WEIGHTS --format diffusers --output DIR              and out
   vidgen plan     --config configs/dit_10b_60k.py --topology v5p:4x8x8  memory, collectives, time and cost of a pod run
 
 `vidgen VERB --help` explains a verb and its flags. Any setting of a config can be given as --config.KEY=VALUE to
-train and plan; vidgen/config.py lists them all. With --json the last line of stdout is one JSON object.
+train, encode and plan; vidgen/config.py lists them all. With --json the last line of stdout is one JSON object.
 """
 
 
@@ -74,10 +77,10 @@ def _sample(prompt: list[str], prompts_file: str | None, seed: list[int], **rest
     return {"step": result.step, "prompts": result.prompts, "seeds": result.seeds, "files": result.files}
 
 
-def _evaluate(**rest: Any) -> dict[str, Any]:
+def _evaluate(tokenizer: list[str], input: list[str], **rest: Any) -> dict[str, Any]:
     from vidgen import evaluate
 
-    results = evaluate.run(**rest)
+    results = evaluate.run(tokenizers=tokenizer, inputs=input, **rest)
     print(evaluate.table(results))
     return {name: value for name, value in results.items() if name != "per_prompt"}
 
@@ -100,6 +103,27 @@ def _inspect(dataset: str, output: str) -> dict[str, Any]:
     from vidgen import inspect
 
     return inspect.run(dataset, output)
+
+
+def _encode(config: str, output: str, passes: int, input: str | None, changes: dict[str, str]) -> dict[str, Any]:
+    from vidgen import config as configs
+
+    c = configs.load(config, changes | ({"data.source": input} if input else {}))
+    from vidgen import encode
+
+    return dataclasses.asdict(encode.run(c, output, passes=passes))
+
+
+def _import(directory: str, **rest: Any) -> dict[str, Any]:
+    from vidgen import import_weights
+
+    return dataclasses.asdict(import_weights.run(directory, **rest))
+
+
+def _export(weights: str, **rest: Any) -> dict[str, Any]:
+    from vidgen import export_weights
+
+    return dataclasses.asdict(export_weights.run(weights, **rest))
 
 
 def _plan(
@@ -176,12 +200,16 @@ VERBS = {
             Flag(
                 "suite",
                 str,
-                "moving_shapes: unseen prompts, judged by parsing the clips; memorised: PSNR to training clips. "
-                "What fits the run unless given.",
+                "moving_shapes: unseen prompts, judged by parsing the clips; memorised: PSNR to training clips; "
+                "reconstruction: what a tokenizer loses. What fits the run unless given.",
                 "",
             ),
             Flag("prompts", int, "How many clips are judged.", 144),
             Flag("seed", int, "Of prompts and noise.", 0),
+            Flag("tokenizer", [str], "Of reconstruction: one more to compare: weights, a workdir, patch or wavelet."),
+            Flag("input", [str], "Of reconstruction: a data set to look at, instead of the run's own held-out clips."),
+            Flag("clips", int, "Of reconstruction: how many clips of each data set.", 64),
+            Flag("fvd", bool, "Of reconstruction: also FVD, which takes seconds a clip on a CPU.", True),
             *_DRAWING,
         ),
     ),
@@ -206,6 +234,36 @@ VERBS = {
             Flag("gop", int, "Frames from a key frame to the next: short ones are fast to seek in.", 8),
             Flag("crf", float, "Quality of the x264 encoding, 0 (best) to 51.", 16.0),
         ),
+    ),
+    "encode": Verb(
+        _encode,
+        "Encodes the clips that a config trains on with its VAE and keeps the latents; run again, it goes on where it "
+        "stopped. Then train with --config.data.latents=DIR.",
+        (
+            Flag("config", str, "Of the denoiser, with tokenizer.name=vae: FILE or FILE:arg.", required=True),
+            Flag("output", str, "Directory of the cache.", required=True),
+            Flag("input", str, "Clips to encode, instead of config.data.source."),
+            Flag("passes", int, "Over the clips; more than 1 where each pass shows new ones (moving_shapes).", 1),
+        ),
+        settings=True,
+    ),
+    "import": Verb(
+        _import,
+        "Reads weights of another project, safetensors only, and writes a directory of weights of ours.",
+        (
+            Flag("format", str, "Whose: diffusers.", "diffusers"),
+            Flag("output", str, "Directory to make.", required=True),
+        ),
+        positional="directory",
+    ),
+    "export": Verb(
+        _export,
+        "Writes weights, or the averaged ones of a workdir that trained a VAE, for another project to load.",
+        (
+            Flag("format", str, "Whose: diffusers, or vidgen for a copy of ours.", "diffusers"),
+            Flag("output", str, "Directory to make.", required=True),
+        ),
+        positional="weights",
     ),
     "plan": Verb(
         _plan,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vidgen import config as configs
-from vidgen import sample
+from vidgen import plan_vae, sample
 from vidgen.config import ConfigError
 from vidgen.diffusion import generator as generators
 from vidgen.diffusion.generator import generate
@@ -72,6 +72,9 @@ def run(
         raise ConfigError(f"--mode={mode}: known are train, sample")
     check(config, tokens, price)
     where = parse_topology(topology)
+    if config.task == "vae":
+        plan_vae.refuse(mode, tokens, price)
+        return plan_vae.run(config, where, mesh, abstract)
     if mode == "sample":
         config = sampling_config(config, where)
     config, note = placed(config, where, mesh, mode)
@@ -155,6 +158,8 @@ def search(
     the compiler refused has an "error" instead.
     """
     check(config, tokens, price)
+    if config.task != "denoiser":
+        raise ConfigError(f"--search: it ranks ways to train a denoiser, and config.task={config.task!r}; leave it out")
     where = parse_topology(topology)
     ranked = rank(config, where)
     step = f"{config.rows.count} x {config.rows.tokens:,} tokens"

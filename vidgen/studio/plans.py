@@ -79,6 +79,27 @@ def introduction(config: ConfigDict, topology: Topology, e: Estimate, note: str)
     )
 
 
+def vae_introduction(config: ConfigDict, topology: Topology, facts: dict[str, Any], chunks: Sequence[str]) -> str:
+    """What is planned of a VAE's training, and the arithmetic of it."""
+    c = config.reconstruction
+    losses = ", ".join(f"{name} {c[name]:g}" for name in ("l1", "lpips", "kl", "gan") if c[name])
+    remat = "blocks are computed again in the backward pass" if config.vae.remat else "nothing is computed again"
+    return "\n".join(
+        [
+            f"{topology.text}: {topology.chips} chips, {topology.devices} devices, {topology.hosts} hosts; "
+            f"{size(topology.chip.hbm_bytes)} a device",
+            f"mesh {mesh_words(facts['mesh'])}: chunks over data and fsdp, their height over context; {remat}",
+            "",
+            "ARITHMETIC",
+            f"  parameters                {facts['parameters']:,}",
+            f"  chunks a step             {facts['chunks']} of {facts['chunk']}, the most of: {', '.join(chunks)}",
+            f"  losses                    {losses}; {config.optimizer.accumulate} microbatch(es)",
+            f"  useful FLOPs              {si(facts['useful_flops'])}FLOP: three times the VAE forward, by XLA's count",
+            f"  at the chips' peak        {duration(facts['seconds_at_the_peak'])} a step: a bound, and no estimate",
+        ]
+    )
+
+
 def compiled(found: Compilation) -> str:
     """The compiler's facts."""
     lines = ["", f"COMPILED in {found.seconds:.0f} s: facts of the program that would run"]

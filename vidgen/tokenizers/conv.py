@@ -10,11 +10,38 @@ DIMENSIONS = {4: ("NHWC", "HWIO", "NHWC"), 5: ("NDHWC", "DHWIO", "NDHWC")}
 
 def conv3d(x_BxTxHxWxC: jax.Array, kernel: jax.Array) -> jax.Array:
     """Valid in time, zeros around height and width: [B,T,H,W,C] * [kt,kh,kw,C,F] → [B,T-kt+1,H,W,F]; odd kh, kw."""
-    kt, kh, kw, c, f = kernel.shape
-    if kt == kh == kw == 1:
-        return x_BxTxHxWxC @ kernel.reshape(c, f)
-    pads = [(0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2)]
-    return jax.lax.conv_general_dilated(x_BxTxHxWxC, kernel, (1, 1, 1), pads, dimension_numbers=DIMENSIONS[5])
+    if kernel.shape[1:3] == (1, 1):
+        return stacked(x_BxTxHxWxC, kernel.shape[0]) @ kernel.reshape(-1, kernel.shape[-1])
+    return jax.lax.platform_dependent(x_BxTxHxWxC, kernel, cpu=_by_frames, default=_whole)
+
+
+def _whole(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    pads = [(0, 0), *((size // 2, size // 2) for size in kernel.shape[1:3])]
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), pads, dimension_numbers=DIMENSIONS[5])
+
+
+def _by_frames(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """As two-dimensional convolutions, in which XLA's CPU backend is two to nine times faster."""
+    b, t, h, w, c = x.shape
+    kt, kh, kw, _, f = kernel.shape
+    t -= kt - 1
+    pads = [(kh // 2, kh // 2), (kw // 2, kw // 2)]
+
+    def convolve(frames, kernel):
+        y = jax.lax.conv_general_dilated(
+            frames.reshape(b * t, h, w, -1), kernel, (1, 1), pads, dimension_numbers=DIMENSIONS[4]
+        )
+        return y.reshape(b, t, h, w, f)
+
+    if c < 64:  # narrow layers want one long sum of products
+        return convolve(stacked(x, kt), jnp.moveaxis(kernel, 0, 2).reshape(kh, kw, kt * c, f))
+    return sum(convolve(x[:, i : i + t], kernel[i]) for i in range(kt))
+
+
+def stacked(x_BxTxHxWxC: jax.Array, frames: int) -> jax.Array:
+    """Each frame with the `frames` - 1 after it, side by side in the channels: [B,T-frames+1,H,W,frames·C]."""
+    t = x_BxTxHxWxC.shape[1] - frames + 1
+    return jnp.concatenate([x_BxTxHxWxC[:, i : i + t] for i in range(frames)], axis=-1)
 
 
 def pairs(x_BxTxHxWxC: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -74,8 +74,8 @@ class VAEConfig:
                     if not (down or last) and size * b % a or down and size * a % b:
                         raise ConfigError(
                             f"vae.residual: no shortcut leads from {a} to {b} channels in level {i} of the "
-                            f"{'encoder' if down else 'decoder'}; in vae.dim_mult={self.dim_mult} each should be one or "
-                            "two times the one before, and the last equal to it, as in (1, 2, 4, 4)"
+                            f"{'encoder' if down else 'decoder'}; in vae.dim_mult={self.dim_mult} each should be one "
+                            "or two times the one before, and the last equal to it, as in (1, 2, 4, 4)"
                         )
 
     @property
