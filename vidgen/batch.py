@@ -1,4 +1,4 @@
-"""The batch that trains: packed rows of spacetime tokens."""
+"""The batches that train: packed rows of spacetime tokens for a denoiser, chunks of video for a VAE."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TokenBatch:
 
     Attributes:
       tokens: [B,S,P] f32, clean latents, patchified, t-major. The feed carries u8 pixel blocks [B,S,D] here, a
-        quarter of the bytes, until `tokenizer.encode_blocks` turns them into latents at the start of the step.
+        quarter of the bytes, until `tokenizer.latents` turns them into latents at the start of the step.
       coords: [B,S,3] f32, (t, y, x) in patches; t in seconds where the config says so.
       segment: [B,S] i32, 0 = padding, 1..K = the row's clips.
       level: [B,S] i32 in [0, N), which of the row's noise levels a token has; known tokens have level 0.
@@ -39,3 +39,17 @@ class TokenBatch:
     vectors: Any = None
     context: dict[str, Context] = struct.field(default_factory=dict)
     clip: Any = None
+
+
+@struct.dataclass
+class VideoBatch:
+    """B chunks of one size, each cut out of a clip.
+
+    Attributes:
+      video: [B,T,H,W,3] u8, RGB; x / 127.5 - 1 is what a VAE sees.
+      clip: [B] i32, which clip of the index each chunk is of, -1 where it could not be read: such a chunk is black and
+        has no weight.
+    """
+
+    video: Any
+    clip: Any

@@ -82,7 +82,7 @@ def _evaluate(tokenizer: list[str], input: list[str], **rest: Any) -> dict[str, 
 
     results = evaluate.run(tokenizers=tokenizer, inputs=input, **rest)
     print(evaluate.table(results))
-    return {name: value for name, value in results.items() if name != "per_prompt"}
+    return {name: value for name, value in results.items() if name not in ("per_prompt", "per_clip")}
 
 
 def _report(workdir: str) -> dict[str, Any]:
@@ -111,7 +111,9 @@ def _encode(config: str, output: str, passes: int, input: str | None, changes: d
     c = configs.load(config, changes | ({"data.source": input} if input else {}))
     from vidgen import encode
 
-    return dataclasses.asdict(encode.run(c, output, passes=passes))
+    result = encode.run(c, output, passes=passes)
+    print(encode.summary(result))
+    return dataclasses.asdict(result)
 
 
 def _import(directory: str, **rest: Any) -> dict[str, Any]:
@@ -209,7 +211,7 @@ VERBS = {
             Flag("tokenizer", [str], "Of reconstruction: one more to compare: weights, a workdir, patch or wavelet."),
             Flag("input", [str], "Of reconstruction: a data set to look at, instead of the run's own held-out clips."),
             Flag("clips", int, "Of reconstruction: how many clips of each data set.", 64),
-            Flag("fvd", bool, "Of reconstruction: also FVD, which takes seconds a clip on a CPU.", True),
+            Flag("fvd", bool, "Of reconstruction: FVD too, seconds a clip on a CPU; --nofvd leaves it out.", True),
             *_DRAWING,
         ),
     ),

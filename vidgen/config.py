@@ -58,7 +58,7 @@ def base() -> ConfigDict:
     c.tokenizer = tokenizer = ConfigDict()
     tokenizer.name = "patch"  # patch | wavelet | vae
     tokenizer.weights = ""  # of a vae: a workdir that trained one, or a directory of `vidgen import`
-    tokenizer.stride = (4, 8, 8)  # pixels a latent covers in (t, y, x); powers of two for wavelet; a vae has its own
+    tokenizer.stride = (4, 8, 8)  # pixels a latent covers in (t, y, x); wavelet: powers of two; vae: its own, or ()
     tokenizer.patch = (1, 1, 1)  # latents a token covers in (t, y, x)
     tokenizer.mean = 0.0  # of the latents, for pixels in [-1, 1]; a vae has its own, a channel each
     tokenizer.std = 0.5

@@ -1,11 +1,11 @@
-"""`vidgen evaluate`: what a trained model gets right."""
+"""`vidgen evaluate`: what a trained model gets right, and what a tokenizer leaves of a clip."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,48 +16,101 @@ from vidgen.config import ConfigError
 from vidgen.data.sources import open_source
 from vidgen.evaluation import memorised, moving_shapes
 from vidgen.studio import media
+from vidgen.training.checkpoint import Checkpoints, read_config
 
 
 def run(
-    workdir: str, suite: str, *, prompts: int = 144, seed: int = 0, step: int | None = None, **settings: Any
+    workdir: str,
+    suite: str = "",
+    *,
+    prompts: int = 144,
+    seed: int = 0,
+    step: int | None = None,
+    tokenizers: Sequence[str] = (),
+    inputs: Sequence[str] = (),
+    clips: int = 64,
+    fvd: bool = True,
+    **settings: Any,
 ) -> dict:
-    """Evaluates the averaged weights of a checkpoint and prints a table.
+    """Evaluates the averaged weights of a checkpoint, or the run's tokenizer.
 
     Writes WORKDIR/evaluation/SUITE.json, SUITE-<step>.json (which stays, as history) and SUITE.gif and .mp4, the clips
-    that were judged.
+    that were judged; the suite reconstruction also its worst clips and compression.json, .svg and .html.
 
     Args:
       workdir: of a training run.
-      suite: a key of SUITES; empty: moving_shapes for a run on moving shapes, memorised for any other.
+      suite: a key of SUITES or reconstruction; empty: reconstruction for a VAE, moving_shapes for a run on moving
+        shapes, memorised for any other.
       prompts: how many clips are judged.
       seed: of the prompts and the noise.
       step: of the checkpoint; None: the newest.
-      **settings: instead of the keys of `config.sample`: frames, height, width, fps, solver, steps, guidance, eta.
+      tokenizers, inputs, clips, fvd: of the suite reconstruction: see `evaluation/reconstruction.py`.
+      **settings: instead of the keys of `config.sample`: frames, height, width, fps, solver, steps, guidance, eta. Of
+        these, reconstruction takes frames: of a clip at most.
 
     Returns what SUITE.json holds. Raises ConfigError.
     """
-    if suite and suite not in SUITES:
-        near = difflib.get_close_matches(suite, SUITES, n=1)
+    known = (*SUITES, "reconstruction")
+    if suite and suite not in known:
+        near = difflib.get_close_matches(suite, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"unknown suite {suite!r}: known are {', '.join(SUITES)}{hint}")
+        raise ConfigError(f"unknown suite {suite!r}: known are {', '.join(known)}{hint}")
     if prompts < 1:
         raise ConfigError(f"--prompts={prompts}: expected at least 1")
     if seed < 0:
         raise ConfigError(f"--seed={seed}: expected 0 or more")
-    config, generator, params, step = sample.load(workdir, step)
-    suite = suite or ("moving_shapes" if config.data.source == "moving_shapes" else "memorised")
-    sample.override(config, settings)
-    results, videos = SUITES[suite](config, generator, params, prompts, seed)
-    results = {"suite": suite, "step": step, **results, "sample": config.sample.to_dict()}
+    config = read_config(workdir)
+    suite = suite or _suite_of(config)
+    frames = settings.get("frames")
+    given = {
+        "reconstruction": {"tokenizer": tokenizers, "input": inputs, "clips": clips != 64, "nofvd": not fvd},
+        "": {"prompts": prompts != 144, "seed": seed, "step": step is not None}
+        | {name: value is not None for name, value in settings.items() if name != "frames"},
+    }["" if suite == "reconstruction" else "reconstruction"]
+    for flag in (name for name, value in given.items() if value):
+        raise ConfigError(f"--{flag} has no meaning with --suite {suite}; leave it out")
+    if suite == "reconstruction":
+        from vidgen.evaluation import reconstruction
+
+        results, pictures = reconstruction.run(
+            workdir, tokenizers=tokenizers, inputs=inputs, clips=clips, frames=frames or 0, with_fvd=fvd
+        )
+        step = newest_step(workdir)
+    else:
+        if config.task == "vae":
+            raise ConfigError(f"{workdir} trained a vae, which draws nothing; expected --suite reconstruction")
+        config, generator, params, step = sample.load(workdir, step)
+        sample.override(config, settings)
+        results, videos = SUITES[suite](config, generator, params, prompts, seed)
+        results |= {"sample": config.sample.to_dict()}
+        shown = media.grid(videos[:36], columns=6, scale=max(1, sample.scale_for(config.sample.width) // 2))
+        pictures = {suite: (shown, config.sample.fps)}
+    results = {"suite": suite, "step": step, **results}
 
     folder = os.path.join(workdir, "evaluation")
     text = json.dumps(results, ensure_ascii=False, indent=2).encode()
-    for name in (f"{suite}.json", f"{suite}-{step}.json"):
+    for name in (f"{suite}.json", *([f"{suite}-{step}.json"] if step is not None else [])):
         media.write(os.path.join(folder, name), text)
-    shown = media.grid(videos[:36], columns=6, scale=max(1, sample.scale_for(config.sample.width) // 2))
-    for kind in ("gif", "mp4"):
-        media.save_video(os.path.join(folder, f"{suite}.{kind}"), shown, config.sample.fps)
+    for name, (video, fps) in pictures.items():
+        for kind in ("gif", "mp4"):
+            media.save_video(os.path.join(folder, f"{name}.{kind}"), video, fps)
     return results
+
+
+def _suite_of(config: ConfigDict) -> str:
+    """The suite that fits a run."""
+    if config.task == "vae":
+        return "reconstruction"
+    return "moving_shapes" if config.data.source == "moving_shapes" else "memorised"
+
+
+def newest_step(workdir: str) -> int | None:
+    """Of the checkpoints; None where there are none."""
+    checkpoints = Checkpoints(workdir, read_only=True)
+    try:
+        return checkpoints.latest
+    finally:
+        checkpoints.close()
 
 
 def _moving_shapes(config: ConfigDict, generator, params, count: int, seed: int) -> tuple[dict, list[np.ndarray]]:
@@ -104,6 +157,10 @@ SUITES: dict[str, Callable] = {"moving_shapes": _moving_shapes, "memorised": _me
 def table(results: dict[str, Any]) -> str:
     """The figures of `run` for a terminal."""
     lines = [f"{results['suite']}, step {results['step']}"]
+    if results["suite"] == "reconstruction":
+        from vidgen.evaluation import reconstruction
+
+        return "\n".join([*lines, reconstruction.told(results)])
     for name, value in results.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or name == "step":
             continue

@@ -55,7 +55,7 @@ def run(config: ConfigDict, topology: Topology, mesh: str = "", abstract: bool =
         "state_bytes_per_device": sum(p.bytes_per_device for p in state),
     }
     print(plans.vae_introduction(config, topology, facts, [s.text for s in autoencoding.shapes(config)]))
-    print(plans.state(state, own), flush=True)
+    print(plans.state(state, own, most=10), flush=True)
     if abstract:
         return facts
     arguments = (program.state_like, program.batch_like)

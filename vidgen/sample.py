@@ -32,6 +32,7 @@ from vidgen.parallel import processes
 from vidgen.parallel.mesh import ROW_AXES, ROWS, batch_shardings, make_mesh
 from vidgen.parallel.rules import rules_of, tree_shardings
 from vidgen.studio import media
+from vidgen.tokenizers.base import Tokenizer
 from vidgen.training.checkpoint import Checkpoints, read_config
 
 CLIPS_AT_ONCE = 32
@@ -128,6 +129,7 @@ def load(workdir: str, step: int | None = None) -> tuple[ConfigDict, Generator, 
         step = found[-1] if step is None else step
         if step not in found:
             raise ConfigError(f"{workdir}/checkpoints: no step {step}; there are {', '.join(map(str, found))}")
+        check_tokenizer(generator.tokenizer, checkpoints.facts(step), config.tokenizer.weights)
         like = jax.eval_shape(lambda: generator.init(jax.random.key(0), generators.example(config)))
         one = SingleDeviceSharding(jax.devices()[0])
         places = tree_shardings(like, mesh, rules_of(config.mesh)) if mesh else jax.tree.map(lambda _: one, like)
@@ -135,6 +137,16 @@ def load(workdir: str, step: int | None = None) -> tuple[ConfigDict, Generator, 
         return config, generator, checkpoints.restore_ema(step, like), step
     finally:
         checkpoints.close()
+
+
+def check_tokenizer(tokenizer: Tokenizer, facts: dict[str, Any], weights: str) -> None:
+    """Raises ConfigError if `facts` of a checkpoint name another VAE than the one that is there now."""
+    trained = facts.get("tokenizer", tokenizer.digest)
+    if trained != tokenizer.digest:
+        raise ConfigError(
+            f"config.tokenizer.weights={weights}: VAE {tokenizer.digest}, but the checkpoint was trained on latents "
+            f"of {trained or 'none'}; put that one's weights back there"
+        )
 
 
 def override(config: ConfigDict, settings: dict[str, Any]) -> None:
@@ -167,7 +179,8 @@ def draw(
 
     With `zipped`, each prompt has the seed at its own place instead. Sizes that do not cut into tokens are drawn at the
     next larger one and cropped. The devices of the generator's mesh, on which `params` lie, share the clips and the
-    tokens of each; every process calls this, and every process gets the clips.
+    tokens of each; every process calls this, and every process gets the clips. A VAE decodes them after that, clip by
+    clip and in time chunks, on the first device of each process.
     """
     s, geometry = config.sample, generator.tokenizer.geometry
     size = geometry.cover(s.frames, s.height, s.width)
@@ -193,7 +206,10 @@ def draw(
         if mesh is not None:
             places = batch_shardings(mesh, rows)
             rows, empty, keys = processes.put((rows, empty, keys), (places, places, NamedSharding(mesh, ROWS)))
-        video = np.asarray(sampler(params, rows, empty, keys))[: len(chunk), : s.frames]
+        video = np.asarray(sampler(params, rows, empty, keys))[: len(chunk)]
+        if generator.tokenizer.learned:
+            video = np.concatenate([_u8(generator.tokenizer.decode_tokens(one[None], grid), np) for one in video])
+        video = video[:, : s.frames]
         y, x = (size[1] - s.height) // 2, (size[2] - s.width) // 2
         videos += list(video[:, :, y : y + s.height, x : x + s.width])
     return videos
@@ -240,7 +256,7 @@ def _sampler(
     guidance: float,
     eta: float,
 ):
-    """The jitted sampler of one shape of clip, in rows of `tokens`."""
+    """The jitted sampler of one shape of clip, in rows of `tokens`: u8 video, or tokens for a VAE to decode."""
     objective, mesh = ConfigDict(json.loads(objective)), generator.mesh
     shape, clip_tokens = (tokens, generator.tokenizer.geometry.features), math.prod(grid)
 
@@ -261,10 +277,15 @@ def _sampler(
             eta=eta,
             clip_tokens=clip_tokens,
         )
-        video = generator.tokenizer.decode_tokens(drawn[:, :clip_tokens], grid)
-        return jnp.round(jnp.clip((video + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+        drawn = drawn[:, :clip_tokens]
+        return drawn if generator.tokenizer.learned else _u8(generator.tokenizer.decode_tokens(drawn, grid), jnp)
 
     return sample
+
+
+def _u8(video: Any, xp: Any) -> Any:
+    """Video around [-1, 1] as bytes."""
+    return xp.round(xp.clip((video + 1) * 127.5, 0, 255)).astype(xp.uint8)
 
 
 def heldout_captions(config: ConfigDict, count: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""`vidgen train`: clips in, a denoiser out."""
+"""`vidgen train`: clips in, a denoiser out, or the VAE that a denoiser is trained on."""
 
 from __future__ import annotations
 
@@ -14,32 +14,27 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from vidgen import config as configs
-from vidgen import sample
+from vidgen import train_denoiser, train_vae
 from vidgen.config import ConfigError, to_json
-from vidgen.data import feed
-from vidgen.data.packing import Packing
-from vidgen.data.sources import Source, open_source
-from vidgen.evaluation.heldout import heldout_loss
-from vidgen.objectives import flow
+from vidgen.data.sources import Source
 from vidgen.parallel import processes
-from vidgen.parallel.mesh import make_mesh
-from vidgen.planning.flops import step_flops
 from vidgen.planning.hardware import peak_flops
-from vidgen.planning.mix import Mix
 from vidgen.studio import media
 from vidgen.training import optimizers
 from vidgen.training import state as states
 from vidgen.training.checkpoint import Checkpoints, check_config, write_config
+from vidgen.training.course import Course
 from vidgen.training.meter import Meter
-from vidgen.training.metrics import MetricWriter, Progress, si
+from vidgen.training.metrics import MetricWriter, Progress
 from vidgen.training.profiler import Profiler
-from vidgen.training.program import Program, build
+from vidgen.training.program import Program, build, task_of
 from vidgen.training.resilience import StopSignal, only_one
 from vidgen.training.state import TrainState
+
+COURSES = {"denoiser": train_denoiser, "vae": train_vae}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +70,12 @@ def run(config: ConfigDict, workdir: str) -> Result:
 
 def _run(config: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Result:
     lead, total = processes.is_lead(), config.train.steps
-    mesh = make_mesh(config.mesh, config.rows.count, config.rows.tokens, config.optimizer.accumulate)
-    program = build(config, mesh)
-    geometry = program.generator.tokenizer.geometry
-    source = open_source(config.data, "train")
-    packing = Packing(source.sizes, geometry, config.rows, config.seed)
-    heldout = heldout_loss(config, program.generator, mesh) if config.train.eval_every else None
+    program = build(config, task_of(config).mesh(config))
+    course = COURSES[config.task].course(program)
 
     changed = _claim(workdir, config, stack)
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.train.keep)))
-    state, facts = begin(program, source, checkpoints)
+    state, facts = begin(program, course.source, checkpoints)
     start = int(state.step)
     progress = stack.enter_context(contextlib.closing(Progress(total, start, sys.stderr if lead else io.StringIO())))
     if start >= total:
@@ -96,10 +87,10 @@ def _run(config: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Resul
     if lead:
         writer = MetricWriter(workdir, wandb_project=config.train.wandb, config_json=to_json(config))
         stack.enter_context(contextlib.closing(writer)).resume(start + 1)
-    meter = _introduce(program, workdir, source, packing, state, facts["tokens_seen"], progress)
+    meter = _introduce(program, course, workdir, state, facts["tokens_seen"], progress)
     profiler = stack.enter_context(contextlib.closing(Profiler(config.train.profile_steps if lead else (), workdir)))
     stop = stack.enter_context(StopSignal())
-    batches = stack.enter_context(feed.batches(source, packing, geometry, config, start, mesh))
+    batches = stack.enter_context(course.batches(start))
     last: dict[str, float] = {}
 
     def finish(n: int, metrics: dict[str, jax.Array], more: dict[str, float]) -> None:
@@ -113,13 +104,25 @@ def _run(config: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Resul
                 writer.scalars(n, last)
             progress.update(n, last)
 
+    compiled = set()
+
+    def taken(n: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Step n, whose compilation, where it is the first of its kind, is no part of the run's speed."""
+        step, clock = program.step_after(n - 1), time.perf_counter()
+        result = step(state, batch)
+        kind = (step, *(x.shape for x in jax.tree.leaves(batch)))
+        if kind not in compiled:
+            compiled.add(kind)
+            meter.aside(time.perf_counter() - clock)
+        return result
+
     pulse = processes.Pulse(2)
     n, late, stopped_by, unreadable = start, None, 0, 0
     while n < total and not stopped_by:
         n += 1
         profiler.before(n)
         batch, info = next(batches)
-        state, metrics = program.step(state, batch)
+        state, metrics = taken(n, state, batch)
         meter.fed(info if processes.alone() else dataclasses.replace(info, bad={"see the logs": unreadable}))
         # One step late: the device has step n to do while the host waits for the numbers of n - 1.
         if late:
@@ -135,15 +138,16 @@ def _run(config: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Resul
         if save or draw or judge:
             jax.block_until_ready(metrics)
             clock = time.perf_counter()
-            more = heldout(state.ema) if judge else {}
+            more = course.heldout(state.ema) if judge else {}
             meter.aside(time.perf_counter() - clock)
             finish(*late, more)
             late = None
             clock = time.perf_counter()
             if save:
-                checkpoints.save(state, facts | {"tokens_seen": meter.tokens_seen})
+                more = course.publish(state.ema, workdir)
+                checkpoints.save(state, facts | {"tokens_seen": meter.tokens_seen} | more)
             if draw:
-                draw_samples(program, state.ema, n, workdir, writer)
+                course.draw(state.ema, n, workdir, writer)
             meter.aside(time.perf_counter() - clock)
     checkpoints.wait()
     if stopped_by and n < total:
@@ -156,19 +160,18 @@ def _run(config: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Resul
 def check(config: ConfigDict) -> None:
     """Raises ConfigError on settings that would fail late."""
     configs.check(config)
-    flow.check(config.objective)
-    sample.check(config)
+    task_of(config).check(config)
+    COURSES[config.task].check(config)
     window = tuple(config.train.profile_steps)
     if window and (len(window) != 2 or any(type(n) is not int for n in window) or not 1 <= window[0] <= window[1]):
         raise ConfigError(f"config.train.profile_steps={window}: expected (first, last)")
 
 
 def _settled(config: ConfigDict) -> ConfigDict:
-    """A copy that says all: the workdir is to be of use from anywhere, and later samples show the same prompts."""
+    """A copy that says all: the workdir is to be of use from anywhere, and later pictures show the same."""
     source = config.data.source
     config = configs.override(config, {"data.source": os.path.abspath(source)} if os.path.isdir(source) else {})
-    if config.train.sample_every and not config.sample.prompts:
-        config.sample.prompts = tuple(sample.heldout_captions(config, 6))
+    COURSES[config.task].settle(config)
     return config
 
 
@@ -199,24 +202,7 @@ def begin(program: Program, source: Source, checkpoints: Checkpoints) -> tuple[T
             f"config.data.source={program.config.data.source}: not the clips that the checkpoint at step {latest} was "
             "trained on, so the run can't go on exactly; take another --workdir, or the clips as they were"
         )
-    return checkpoints.restore(latest, program.state_like), facts
-
-
-def draw_samples(program: Program, params: Any, n: int, workdir: str, writer: MetricWriter | None) -> None:
-    """Samples of `sample.prompts`, a row each, into WORKDIR/samples/<step>/ and TensorBoard.
-
-    Every process draws; the one that has the writer writes.
-    """
-    config = program.config
-    prompts, seeds = list(config.sample.prompts), range(4)
-    videos = sample.draw(config, program.generator, params, prompts, seeds=seeds)
-    if writer is None:
-        return
-    shown = media.grid(videos, columns=len(seeds), scale=sample.scale_for(config.sample.width))
-    folder = os.path.join(workdir, "samples", f"{n:08d}")
-    about = config.sample.to_dict() | {"prompts": prompts, "seeds": list(seeds), "step": n}
-    sample.write_grid(os.path.join(folder, "grid"), shown, config.sample.fps, f"{folder}/prompts.json", about)
-    writer.videos(n, {"samples": shown}, config.sample.fps)
+    return checkpoints.restore(latest, program.state_like).replace(frozen=program.frozen()), facts
 
 
 def _due(n: int, every: int, last: int = 0) -> bool:
@@ -224,57 +210,31 @@ def _due(n: int, every: int, last: int = 0) -> bool:
 
 
 def _introduce(
-    program: Program,
-    workdir: str,
-    source: Source,
-    packing: Packing,
-    state: TrainState,
-    tokens_seen: float,
-    progress: Progress,
+    program: Program, course: Course, workdir: str, state: TrainState, tokens_seen: float, progress: Progress
 ) -> Meter:
     """Says what is about to be trained, writes it where the report finds it, and makes the meter to go with it."""
-    config, mesh = program.config, program.mesh
-    parameters, start = states.count(state.params), int(state.step)
-    planned = range(start, start + min(packing.steps_per_epoch, 32))
-    stats, shown = packing.stats(planned), _mix(program, source, packing, planned)
-    pairs = shown.pairs(tuple(config.model.window), config.model.full_every)
-    features = program.generator.tokenizer.geometry.features
-    flops = step_flops(config, features, pairs.full, pairs.text, pairs.crossed, pairs.windowed)
+    config, parameters, start = program.config, states.count(state.params), int(state.step)
+    told = course.introduce(start)
     peak, origin = peak_flops(jax.local_devices()[0])
     peak *= jax.device_count()
     facts = {
         "parameters": parameters,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
-        "mesh": dict(mesh.shape),
+        "mesh": dict(program.mesh.shape),
         "compiler_options": program.compiler_options,
         "python": platform.python_version(),
         "jax": jax.__version__,
         "peak": f"{peak / 1e12:.2f} TFLOP/s ({origin})",
-        "flops_per_step": flops.useful,
+        "flops_per_step": told.flops(start),
     }
     if processes.is_lead():
-        for name, value in (("environment", facts), ("packing", dataclasses.asdict(stats))):
+        for name, value in ({"environment": facts} | told.files).items():
             media.write(os.path.join(workdir, f"{name}.json"), json.dumps(value, indent=2).encode())
     progress.say(f"{parameters / 1e6:.1f} M parameters on {facts['devices']}, jax {jax.__version__}, {facts['mesh']}")
-    progress.say(f"{len(source.sizes)} clips, {packing.steps_per_epoch} steps a pass: {stats}")
-    progress.say(
-        f"{si(flops.useful)}FLOP a step, {si(flops.attention_useful)}FLOP of it in attention; "
-        f"MFU is against {facts['peak']}"
-    )
-    if config.train.eval_every and config.data.source != "moving_shapes" and not config.data.holdout:
-        progress.say("config.data.holdout is 0: the held-out loss is of clips that are trained on")
+    for line in told.lines:
+        progress.say(line)
+    progress.say(f"{told.work}; MFU is against {facts['peak']}")
     progress.say(f"Going on after step {start}" if start else "Compiling the step …")
     lr = optimizers.schedule(config.optimizer, config.optimizer.lr, config.train.steps)
-    clips = sum(map(len, shown.clips)) / len(planned)
-    return Meter(lr, flops.useful, peak, clips, config.train.max_bad, tokens_seen)
-
-
-def _mix(program: Program, source: Source, packing: Packing, steps: range) -> Mix:
-    """The clips of these steps, as the count of FLOPs wants them."""
-    geometry = program.generator.tokenizer.geometry
-    rows = [row for n in steps for row in packing.step(n)]
-    grids = tuple(tuple((geometry.grid(p.frames, p.height, p.width), p.text) for p in row) for row in rows)
-    seconds = program.config.model.time_in_seconds
-    tick = geometry.block[0] / float(np.median(source.sizes.fps)) * 8 if seconds else 1.0
-    return Mix("", grids, program.config.rows.tokens, len(steps), tick)
+    return Meter(lr, told.flops, peak, told.clips, config.train.max_bad, tokens_seen)

@@ -41,9 +41,9 @@ def prepared(c: configs.ConfigDict, devices: int):
     c = configs.override(c, {"mesh.data": 1, "mesh.fsdp": devices})
     mesh = make_mesh(c.mesh, c.rows.count, c.rows.tokens, 1, jax.devices()[:devices])
     built = program.build(c, mesh)
-    geometry = built.generator.tokenizer.geometry
+    tokenizer = built.generator.tokenizer
     source = open_source(c.data, "train")
-    rows = feed.host_rows(source, Packing(source.sizes, geometry, c.rows, 0), geometry, c, 0)
+    rows = feed.host_rows(source, Packing(source.sizes, tokenizer.geometry, c.rows, 0), tokenizer, c, 0)
     return built.step, built.init(), jax.device_put(rows, built.batch_shardings)
 
 

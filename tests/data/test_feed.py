@@ -14,8 +14,9 @@ from vidgen.data.packing import Packing
 from vidgen.data.text import BEGIN, VOCAB, encode_text
 from vidgen.geometry import Geometry, from_blocks
 from vidgen.parallel.mesh import AXES
+from vidgen.tokenizers.base import BlockTokenizer
 
-GEOMETRY = Geometry(stride=(4, 8, 8), patch=(1, 1, 1), channels=16)
+GEOMETRY = Geometry(stride=(4, 8, 8), patch=(1, 1, 1), channels=4 * 8 * 8 * 3)
 CAPTIONS = ("a red ball falls", "一个红色的球落下", "é" * 30)
 
 
@@ -55,7 +56,7 @@ def setup(source=None, **changes):
     c.rows.update(count=4, tokens=64, segments=8, text=256, caption=48, window=64)
     c.update_from_flattened_dict(changes)
     source = source or Random()
-    return source, Packing(source.sizes, GEOMETRY, c.rows, c.seed), GEOMETRY, c
+    return source, Packing(source.sizes, GEOMETRY, c.rows, c.seed), BlockTokenizer(GEOMETRY), c
 
 
 def mesh(*shape):
@@ -81,8 +82,8 @@ def wait_for_no_threads():
 
 
 def test_rows_hold_what_the_plan_says():
-    source, packing, geometry, config = setup()
-    batch = host_rows(source, packing, geometry, config, step=3)
+    source, packing, tokenizer, config = setup()
+    batch = host_rows(source, packing, tokenizer, config, step=3)
     assert batch.tokens.shape == (4, 64, 4 * 8 * 8 * 3) and batch.tokens.dtype == np.uint8
     assert batch.coords.shape == (4, 64, 3) and batch.coords.dtype == np.float32
     ids, text_segment = batch.context["text"]
@@ -96,9 +97,9 @@ def test_rows_hold_what_the_plan_says():
         for p in row:
             mine = batch.segment[b] == p.segment
             assert mine.sum() == p.tokens and batch.clip[b, p.segment - 1] == p.clip
-            grid = geometry.grid(p.frames, p.height, p.width)
+            grid = GEOMETRY.grid(p.frames, p.height, p.width)
             np.testing.assert_array_equal(batch.coords[b][mine], np.stack(np.indices(grid), -1).reshape(-1, 3))
-            video = from_blocks(batch.tokens[b][mine].astype(np.float64), grid, geometry)
+            video = from_blocks(batch.tokens[b][mine].astype(np.float64), grid, GEOMETRY)
             stored = source.read(p.clip, p.epoch).video
             top, side = (stored.shape[1] - p.height) // 2, (stored.shape[2] - p.width) // 2
             stored = stored[:, top : top + p.height, side : side + p.width]
@@ -109,15 +110,15 @@ def test_rows_hold_what_the_plan_says():
 
 
 def test_each_pass_crops_another_stretch_of_a_clip():
-    source, packing, geometry, config = setup()  # clips of 19 frames are cut to 17: three places to start
+    source, packing, tokenizer, config = setup()  # clips of 19 frames are cut to 17: three places to start
     firsts = set()
     for step in range(40):
         for b, row in enumerate(packing.step(step)):
             for p in row:
                 if source.sizes.frames[p.clip] == 19 and p.frames == 17:
-                    batch = host_rows(source, packing, geometry, config, step, [b])
+                    batch = host_rows(source, packing, tokenizer, config, step, [b])
                     tokens = batch.tokens[0][batch.segment[0] == p.segment]
-                    video = from_blocks(tokens.astype(float), geometry.grid(p.frames, p.height, p.width), geometry)
+                    video = from_blocks(tokens.astype(float), GEOMETRY.grid(p.frames, p.height, p.width), GEOMETRY)
                     stored = source.read(p.clip, p.epoch).video
                     top, side = (stored.shape[1] - p.height) // 2, (stored.shape[2] - p.width) // 2
                     stored = stored[:, top : top + p.height, side : side + p.width]
@@ -126,30 +127,30 @@ def test_each_pass_crops_another_stretch_of_a_clip():
 
 
 def test_time_in_seconds():
-    source, packing, geometry, config = setup()
-    patches = host_rows(source, packing, geometry, config, 0).coords
+    source, packing, tokenizer, config = setup()
+    patches = host_rows(source, packing, tokenizer, config, 0).coords
     config.model.time_in_seconds = True
-    seconds = host_rows(source, packing, geometry, config, 0).coords
+    seconds = host_rows(source, packing, tokenizer, config, 0).coords
     np.testing.assert_allclose(seconds[..., 0], patches[..., 0] * 4 / 12 * 8, rtol=1e-6)
     np.testing.assert_array_equal(seconds[..., 1:], patches[..., 1:])
 
 
 def test_two_hosts_make_what_one_makes():
-    source, packing, geometry, config = setup()
-    whole = host_rows(source, packing, geometry, config, 2)
-    halves = [host_rows(source, packing, geometry, config, 2, rows) for rows in (slice(0, 2), [2, 3])]
+    source, packing, tokenizer, config = setup()
+    whole = host_rows(source, packing, tokenizer, config, 2)
+    halves = [host_rows(source, packing, tokenizer, config, 2, rows) for rows in (slice(0, 2), [2, 3])]
     assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *halves), whole)
 
 
 @pytest.mark.parametrize("n_threads", [0, 1, 3])
 def test_feed_is_host_rows_from_any_step(n_threads):
-    source, packing, geometry, config = setup(**{"data.threads": n_threads})
+    source, packing, tokenizer, config = setup(**{"data.threads": n_threads})
     for start, steps in ((0, 6), (4, 2), (packing.steps_per_epoch - 1, 3)):
-        with batches(source, packing, geometry, config, start, mesh()) as feed:
+        with batches(source, packing, tokenizer, config, start, mesh()) as feed:
             for step in range(start, start + steps):
                 batch, info = next(feed)
                 assert isinstance(batch.tokens, jax.Array) and info.wait >= 0 and info.bad == {}
-                assert_equal(batch, host_rows(source, packing, geometry, config, step))
+                assert_equal(batch, host_rows(source, packing, tokenizer, config, step))
 
 
 @pytest.mark.parametrize(
@@ -161,20 +162,20 @@ def test_feed_is_host_rows_from_any_step(n_threads):
     ],
 )
 def test_a_bad_clip_is_padding_and_moves_nothing(fault, reason, caplog):
-    good, packing, geometry, config = setup()
+    good, packing, tokenizer, config = setup()
     step, b, bad = next(
         (step, b, row[0]) for step in range(99) for b, row in enumerate(packing.step(step)) if len(row) > 2
     )
     source = Random(faults={bad.clip: fault})
     where = [(b, p) for b, row in enumerate(packing.step(step)) for p in row if p.clip == bad.clip]
-    with batches(source, packing, geometry, config, step, mesh()) as feed:
+    with batches(source, packing, tokenizer, config, step, mesh()) as feed:
         got, info = next(feed)
     assert info.bad == {reason: len(where)}
     assert set(info.bad_clips) == {(f"clip-{bad.clip}", reason)}
     said = [r.getMessage() for r in caplog.records if f"clip-{bad.clip} " in r.getMessage()]
     assert len(said) == 1 and reason in said[0]
 
-    want = jax.tree.map(np.copy, host_rows(good, packing, geometry, config, step))
+    want = jax.tree.map(np.copy, host_rows(good, packing, tokenizer, config, step))
     for b, p in where:
         mine = want.segment[b] == p.segment
         for leaf in (want.tokens, want.coords, want.segment):
@@ -187,8 +188,8 @@ def test_a_bad_clip_is_padding_and_moves_nothing(fault, reason, caplog):
 
 
 def test_a_surprise_surfaces_with_the_name_of_the_clip():
-    source, packing, geometry, config = setup(Random(faults={7: OSError("the disk is gone")}))
-    with batches(source, packing, geometry, config, 0, mesh()) as feed:
+    source, packing, tokenizer, config = setup(Random(faults={7: OSError("the disk is gone")}))
+    with batches(source, packing, tokenizer, config, 0, mesh()) as feed:
         for _ in range(2):  # and again, where someone goes on after it
             with pytest.raises(ConfigError, match="clip-7 .*OSError: the disk is gone"):
                 for _ in range(packing.steps_per_epoch):
@@ -220,13 +221,13 @@ def test_batches_are_ready_before_they_are_asked_for():
 
 @pytest.mark.parametrize("shape", [(2, 2), (1, 4), (1, 1, 4), (1, 2, 2), (2, 1, 1, 2)])
 def test_devices_share_rows_and_tokens(shape):
-    source, packing, geometry, config = setup()
+    source, packing, tokenizer, config = setup()
     on = mesh(*shape)
     rows, context = shape[0] * shape[1], on.shape["context"]
-    with batches(source, packing, geometry, config, 5, on) as feed:
+    with batches(source, packing, tokenizer, config, 5, on) as feed:
         for step in (5, 6):
             batch = next(feed)[0]
-            assert_equal(batch, host_rows(source, packing, geometry, config, step))
+            assert_equal(batch, host_rows(source, packing, tokenizer, config, step))
             parts = (4 // rows, 64 // context)
             for leaf in (batch.tokens, batch.coords, batch.segment, batch.level):
                 assert {shard.data.shape[:2] for shard in leaf.addressable_shards} == {parts}
@@ -237,9 +238,9 @@ def test_devices_share_rows_and_tokens(shape):
 
 
 def test_the_shapes_of_a_batch_are_known_before_it_is_read():
-    source, packing, geometry, config = setup()
-    batch = host_rows(source, packing, geometry, config, 0)
-    like = batch_like(config, geometry)
+    source, packing, tokenizer, config = setup()
+    batch = host_rows(source, packing, tokenizer, config, 0)
+    like = batch_like(config, tokenizer)
     assert jax.tree.structure(like) == jax.tree.structure(batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), like) == jax.tree.map(lambda x: (x.shape, x.dtype), batch)
 

@@ -30,13 +30,13 @@ def clips(config, count, **axes):
     config = configs.override(config, {f"mesh.{axis}": n for axis, n in axes.items()})
     mesh = meshes.make_mesh(config.mesh, config.rows.count, config.rows.tokens)
     source = open_source(config.data, "train")
-    geometry = tokenizers.from_config(config.tokenizer).geometry
-    packing = Packing(source.sizes, geometry, config.rows, config.seed)
-    with feed.batches(source, packing, geometry, config, 0, mesh) as batches:
+    tokenizer = tokenizers.from_config(config.tokenizer)
+    packing = Packing(source.sizes, tokenizer.geometry, config.rows, config.seed)
+    with feed.batches(source, packing, tokenizer, config, 0, mesh) as batches:
         seen = [next(batches)[0] for _ in range(count)]
     whole = [multihost_utils.process_allgather(x, tiled=True) for x in jax.tree.leaves(seen[0])]
     ids = np.stack([multihost_utils.process_allgather(batch.clip, tiled=True) for batch in seen])
-    expected = jax.tree.leaves(feed.host_rows(source, packing, geometry, config, 0))
+    expected = jax.tree.leaves(feed.host_rows(source, packing, tokenizer, config, 0))
     for a, b in zip(whole, expected, strict=True):
         np.testing.assert_array_equal(a, b)
     return ids, feed.counted_rows(mesh, config.rows.count)

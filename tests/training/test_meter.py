@@ -17,7 +17,7 @@ class Clock:
 def meter(clock, **changes):
     arguments = {
         "lr": lambda n: 0.1 * n,
-        "useful_flops": 50.0,
+        "useful_flops": lambda n: 50.0,
         "peak_flops": 1000.0,
         "clips_a_step": 4.0,
         "max_bad": 0.1,

@@ -32,9 +32,9 @@ def test_all_lies_where_the_program_says_before_and_after_a_step(tiny):
     assert jax.tree.map(facts, state) == jax.tree.map(facts, p.state_like)
     assert p.state_like.params["blocks"] and any(not s.is_fully_replicated for s in jax.tree.leaves(p.state_shardings))
 
-    source, geometry = open_source(tiny.data, "train"), p.generator.tokenizer.geometry
-    packing = Packing(source.sizes, geometry, tiny.rows, tiny.seed)
-    with feed.batches(source, packing, geometry, tiny, 0, p.mesh) as batches:
+    source, tokenizer = open_source(tiny.data, "train"), p.generator.tokenizer
+    packing = Packing(source.sizes, tokenizer.geometry, tiny.rows, tiny.seed)
+    with feed.batches(source, packing, tokenizer, tiny, 0, p.mesh) as batches:
         batch = next(batches)[0]
     assert jax.tree.map(facts, batch) == jax.tree.map(facts, p.batch_like)
     assert jax.tree.map(lambda x: x.sharding, batch) == p.batch_shardings

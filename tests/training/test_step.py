@@ -27,11 +27,16 @@ def world():
     generator = generators.from_config(config)
     source = open_source(config.data, "train")
     packing = Packing(source.sizes, generator.tokenizer.geometry, config.rows, config.seed)
-    batch = feed.host_rows(source, packing, generator.tokenizer.geometry, config, 0)
+    batch = feed.host_rows(source, packing, generator.tokenizer, config, 0)
     params = jax.jit(generator.init)(jax.random.key(0), generators.example(config))
     # adaLN-Zero starts with gradients that are zero but for the last layer's, which would prove little.
     params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), params)
     return generator, params, batch
+
+
+def plain(errors):
+    """A loss of the denoiser's kind, (params, rows, keys) → error, as the step wants it."""
+    return lambda params, inputs: (errors(params, inputs.batch, inputs.keys), (inputs.aux, {}))
 
 
 def stepped(world, config, mesh=None, steps=1):
@@ -41,7 +46,7 @@ def stepped(world, config, mesh=None, steps=1):
     if mesh is not None:
         generator = generators.from_config(config, mesh)
     state = states.create(params, optimizer)
-    loss = flow.loss_of(generator, config.objective)
+    loss = plain(flow.loss_of(generator, config.objective))
     if mesh is not None:
         shardings, rows = tree_shardings(state, mesh, rules_of(config.mesh)), batch_shardings(mesh, batch)
         state, batch = jax.device_put(state, shardings), jax.device_put(batch, rows)
@@ -158,7 +163,8 @@ def test_the_average_ramps_up_from_the_first_weights(world, reference):
 def quadratic(config, gradients):
     """States of a run whose gradients are given."""
     optimizer = optax.sgd(1.0)
-    step = make_step(lambda p, b, k: jnp.vdot(p["w"], b.tokens[0, 0]), lambda b: jnp.ones((1, 1)), optimizer, config)
+    errors = plain(lambda p, b, k: jnp.vdot(p["w"], b.tokens[0, 0]))
+    step = make_step(errors, lambda b: jnp.ones((1, 1)), optimizer, config)
     state = states.create({"w": jnp.zeros(2)}, optimizer)
     states_ = [state]
     for g in gradients:
@@ -191,6 +197,19 @@ def test_a_norm_that_stays_high_is_no_outlier():
     config.optimizer.update(clip=0.0, outlier=10.0)
     after = quadratic(config, [(1.0, 0.0)] * 21 + [(11.0, 0.0)] * 12)
     assert 0 < int(after[-1].skipped) < 6 and float(after[-1].params["w"][0]) < -21 - 11 * 5
+
+
+def test_critics_are_clipped_by_a_norm_of_their_own():
+    grads = {"vae": {"w": jnp.asarray([3.0, 4.0])}, "critics": {"w": jnp.asarray([0.0, 20.0])}}
+    norm, scaled = optimizers.clipped(grads, 1.0)
+    assert norm == 5.0
+    np.testing.assert_allclose(scaled["vae"]["w"], [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(scaled["critics"]["w"], [0.0, 1.0], rtol=1e-6)
+    for grads_, most in ((grads, 0.0), ({"vae": grads["vae"], "critics": {"w": jnp.zeros(2)}}, 100.0)):
+        for name in grads_:
+            np.testing.assert_array_equal(optimizers.clipped(grads_, most)[1][name]["w"], grads_[name]["w"])
+    broken = grads | {"critics": {"w": jnp.asarray([np.nan, 0.0])}}
+    assert not np.isfinite(optimizers.clipped(broken, 1.0)[0])  # so that the step is skipped
 
 
 def test_muon_takes_the_matrices_inside_blocks_layer_by_layer(world):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import queue
 import sys
 import threading
@@ -16,6 +15,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import grain
 import jax
@@ -27,12 +27,16 @@ from ml_collections import ConfigDict
 from vidgen.batch import TokenBatch
 from vidgen.config import ConfigError
 from vidgen.data.clip import BadClip, Clip
+from vidgen.data.latents import CachedClips, notes
 from vidgen.data.order import mix
 from vidgen.data.packing import Packing, Placed, Row
 from vidgen.data.sources import Source
 from vidgen.data.text import encode_text
-from vidgen.geometry import Geometry, to_blocks
 from vidgen.parallel.mesh import ROWS, batch_shardings, check_fit
+
+if TYPE_CHECKING:  # a room above, of which only this shape is known here
+    from vidgen.tokenizers.base import Tokenizer
+
 
 AHEAD = 2  # batches on their way to the devices while a step runs
 
@@ -58,9 +62,9 @@ BadClips = list[tuple[int, str]]  # (index, reason)
 
 
 def host_rows(
-    source: Source,
+    source: Source | CachedClips,
     packing: Packing,
-    geometry: Geometry,
+    tokenizer: Tokenizer,
     config: ConfigDict,
     step: int,
     rows: slice | Sequence[int] = slice(None),
@@ -68,26 +72,29 @@ def host_rows(
     """The chosen rows of a step: what a run's feed puts onto the devices, as NumPy arrays.
 
     Args:
-      source: of the clips that `packing` planned with.
+      source: of the clips that `packing` planned with, or a cache of their latents.
       packing: which clip stands where.
-      geometry: pixels ↔ tokens.
+      tokenizer: clips → what the feed carries of their tokens.
       config: of the run.
       step: from 0.
       rows: which of the B rows.
 
     Returns:
-      A TokenBatch of the b chosen rows: tokens [b,S,D] u8 pixel blocks, context {"text": (ids, segment)}, clip i32.
+      A TokenBatch of the b chosen rows: tokens [b,S,D] as `tokenizer.fed` says (u8 pixel blocks, or f32 moments of a
+      VAE), context {"text": (ids, segment)}, clip i32.
       A clip that cannot be read is padding, and moves nothing.
     """
     plan = packing.step(step)
     chosen = plan[rows] if isinstance(rows, slice) else [plan[row] for row in rows]
-    return _stack([build_row(source, row, geometry, config)[0] for row in chosen])
+    return _stack([build_row(source, row, tokenizer, config)[0] for row in chosen])
 
 
-def build_row(source: Source, row: Row, geometry: Geometry, config: ConfigDict) -> tuple[TokenBatch, BadClips]:
+def build_row(
+    source: Source | CachedClips, row: Row, tokenizer: Tokenizer, config: ConfigDict
+) -> tuple[TokenBatch, BadClips]:
     """One row, without the batch axis, and the clips of it that could not be read."""
-    rows = config.rows
-    tokens = np.zeros((rows.tokens, math.prod(geometry.block) * 3), np.uint8)
+    rows, (features, dtype) = config.rows, tokenizer.fed
+    tokens = np.zeros((rows.tokens, features), dtype)
     coords = np.zeros((rows.tokens, 3), np.float32)
     segment = np.zeros(rows.tokens, np.int32)
     clips = np.full(rows.segments, -1, np.int32)
@@ -95,7 +102,7 @@ def build_row(source: Source, row: Row, geometry: Geometry, config: ConfigDict) 
     bad = []
     for placed in row:
         try:
-            clip = _read(source, placed)
+            own, caption, fps = _read(source, placed, tokenizer, config.seed)
         except BadClip as error:
             bad.append((placed.clip, str(error)))
             continue
@@ -105,27 +112,27 @@ def build_row(source: Source, row: Row, geometry: Geometry, config: ConfigDict) 
                 f" {type(error).__name__}: {error}"
             ) from error
         where = slice(placed.token_start, placed.token_start + placed.tokens)
-        tokens[where] = to_blocks(_crop(clip.video, placed, config.seed), geometry)
+        tokens[where] = own
         size = (placed.frames, placed.height, placed.width)
-        coords[where] = geometry.coords(*size, clip.fps if config.model.time_in_seconds else None)
+        coords[where] = tokenizer.geometry.coords(*size, fps if config.model.time_in_seconds else None)
         segment[where] = placed.segment
         clips[placed.segment - 1] = placed.clip
-        ids = encode_text(clip.caption, placed.text)
+        ids = encode_text(caption, placed.text)
         where = slice(placed.text_start, placed.text_start + len(ids))
         text[where], text_segment[where] = ids, placed.segment
     context = {"text": (text, text_segment)}
     return TokenBatch(tokens, coords, segment, level=segment, context=context, clip=clips), bad
 
 
-def batch_like(config: ConfigDict, geometry: Geometry) -> TokenBatch:
+def batch_like(config: ConfigDict, tokenizer: Tokenizer) -> TokenBatch:
     """The shapes and types of a batch of the feed: a TokenBatch of ShapeDtypeStructs."""
-    r = config.rows
+    r, (features, dtype) = config.rows, tokenizer.fed
 
     def of(*shape: int, dtype: type = np.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((r.count, *shape), dtype)
 
     return TokenBatch(
-        tokens=of(r.tokens, math.prod(geometry.block) * 3, dtype=np.uint8),
+        tokens=of(r.tokens, features, dtype=dtype),
         coords=of(r.tokens, 3, dtype=np.float32),
         segment=of(r.tokens),
         level=of(r.tokens),
@@ -134,23 +141,40 @@ def batch_like(config: ConfigDict, geometry: Geometry) -> TokenBatch:
     )
 
 
-def _read(source: Source, placed: Placed) -> Clip:
-    """The clip, if it is what the index says."""
-    clip = source.read(placed.clip, placed.epoch)
-    sizes, i = source.sizes, placed.clip
-    if clip.video.shape != (sizes.frames[i], sizes.height[i], sizes.width[i], 3) or clip.video.dtype != np.uint8:
+def _read(
+    source: Source | CachedClips, placed: Placed, tokenizer: Tokenizer, seed: int
+) -> tuple[np.ndarray, str, float]:
+    """(tokens [n,D], caption, fps) of a clip in its place: encoded here, or in the cache already."""
+    if isinstance(source, CachedClips):
+        clip = source.read(placed.clip, placed.epoch)
+        t, y, x = tokenizer.geometry.latent_grid(placed.frames, placed.height, placed.width)
+        if len(clip.moments) < t or clip.moments.shape[1:] != (y, x, 2 * tokenizer.geometry.channels):
+            raise BadClip("size differs from the index")
+        return tokenizer.fill_moments(clip.moments[:t]), clip.caption, clip.fps
+    clip = read_clip(source, placed.clip, placed.epoch)
+    start = 0
+    if not tokenizer.learned:  # in time a stretch that each pass draws anew
+        room = len(clip.video) - placed.frames
+        start = int(mix(seed, 5, placed.epoch, placed.clip) % np.uint64(room + 1))
+    video = cut(clip.video, start, placed.frames, placed.height, placed.width)
+    return tokenizer.fill(video), clip.caption, clip.fps
+
+
+def read_clip(source: Source, index: int, epoch: int) -> Clip:
+    """A clip of the source, if it is what the index says; raises BadClip."""
+    clip, sizes = source.read(index, epoch), source.sizes
+    size = (sizes.frames[index], sizes.height[index], sizes.width[index], 3)
+    if clip.video.shape != size or clip.video.dtype != np.uint8:
         raise BadClip("size differs from the index")
-    if len(clip.caption.encode("utf-8", errors="replace")) > sizes.text[i]:
+    if len(clip.caption.encode("utf-8", errors="replace")) > sizes.text[index]:
         raise BadClip("caption is longer than the index says")
     return clip
 
 
-def _crop(video: np.ndarray, placed: Placed, seed: int) -> np.ndarray:
-    """The middle in space; in time a stretch that each pass draws anew."""
-    t, y, x = np.subtract(video.shape[:3], (placed.frames, placed.height, placed.width)).tolist()
-    t = int(mix(seed, 5, placed.epoch, placed.clip) % np.uint64(t + 1))
-    y, x = y // 2, x // 2
-    return video[t : t + placed.frames, y : y + placed.height, x : x + placed.width]
+def cut(video: np.ndarray, start: int, frames: int, height: int, width: int) -> np.ndarray:
+    """So many frames of a clip [T,H,W,3], of each the middle."""
+    y, x = (video.shape[1] - height) // 2, (video.shape[2] - width) // 2
+    return video[start : start + frames, y : y + height, x : x + width]
 
 
 def _stack(rows: Sequence[TokenBatch]) -> TokenBatch:
@@ -158,15 +182,20 @@ def _stack(rows: Sequence[TokenBatch]) -> TokenBatch:
 
 
 def batches(
-    source: Source, packing: Packing, geometry: Geometry, config: ConfigDict, start_step: int, mesh: Mesh
+    source: Source | CachedClips,
+    packing: Packing,
+    tokenizer: Tokenizer,
+    config: ConfigDict,
+    start_step: int,
+    mesh: Mesh,
 ) -> Batches:
     """The batches of steps start_step, start_step + 1, … without end, each on the devices before it is asked for.
 
     A host reads the rows that its devices hold any part of, and no others. Where the context axis runs over several
-    hosts, they share rows, and each of them reads and decodes the whole row.
+    hosts, they share rows, and each of them reads and decodes the whole row. A VAE encodes on the first device of each.
 
     Args:
-      source, packing, geometry, config: as for `host_rows`.
+      source, packing, tokenizer, config: as for `host_rows`.
       start_step: the first step.
       mesh: on which the batches lie by `mesh.batch_shardings`: rows over data and fsdp, tokens over context.
 
@@ -174,9 +203,9 @@ def batches(
       An iterator of (TokenBatch of global arrays, FeedInfo). Close it, use it in a `with`, or drop it: its threads end.
 
     Raises:
-      ConfigError: rows or tokens that the devices can't share equally.
+      ConfigError: rows or tokens that the devices can't share equally; what `latents.notes` raises.
     """
-    return Batches(source, packing, geometry, config, start_step, mesh)
+    return Batches(source, packing, tokenizer, config, start_step, mesh)
 
 
 class Batches(Iterator[tuple[TokenBatch, FeedInfo]]):
@@ -184,19 +213,20 @@ class Batches(Iterator[tuple[TokenBatch, FeedInfo]]):
 
     def __init__(
         self,
-        source: Source,
+        source: Source | CachedClips,
         packing: Packing,
-        geometry: Geometry,
+        tokenizer: Tokenizer,
         config: ConfigDict,
         start_step: int,
         mesh: Mesh,
     ):
+        notes(source, packing, tokenizer, config)
         check_fit(dict(mesh.shape), config.rows.count, config.rows.tokens)
         local = local_rows(mesh, config.rows.count)
-        rows = _grain_rows(source, packing, geometry, config, start_step, local)
+        rows = _grain_rows(source, packing, tokenizer, config, start_step, local)
         self._queue: queue.Queue = queue.Queue(AHEAD)
         stop = threading.Event()
-        place = Placement(mesh, config, geometry)
+        place = Placement(mesh, config, tokenizer)
         # The thread knows nothing of this object, so that dropping the object ends the thread.
         thread = threading.Thread(
             target=_work, args=(rows, place, source, self._queue, stop), name="vidgen-feed", daemon=True
@@ -240,7 +270,12 @@ def counted_rows(mesh: Mesh, count: int) -> np.ndarray:
 
 
 def _grain_rows(
-    source: Source, packing: Packing, geometry: Geometry, config: ConfigDict, start_step: int, local: np.ndarray
+    source: Source | CachedClips,
+    packing: Packing,
+    tokenizer: Tokenizer,
+    config: ConfigDict,
+    start_step: int,
+    local: np.ndarray,
 ) -> grain.DatasetIterator:
     """Rows of this host one after the other, each (row, bad clips) or the exception that it ended in."""
 
@@ -248,7 +283,7 @@ def _grain_rows(
         # Whatever is raised inside Grain costs the records around it, so exceptions travel as values.
         try:
             step, place = start_step + index // len(local), local[index % len(local)]
-            return build_row(source, packing.step(step)[place], geometry, config)
+            return build_row(source, packing.step(step)[place], tokenizer, config)
         except Exception as error:
             return error
 
@@ -270,9 +305,9 @@ class Placement:
       counted: those of them that this host answers for.
     """
 
-    def __init__(self, mesh: Mesh, config: ConfigDict, geometry: Geometry):
+    def __init__(self, mesh: Mesh, config: ConfigDict, tokenizer: Tokenizer):
         self.local, self.counted = local_rows(mesh, config.rows.count), counted_rows(mesh, config.rows.count)
-        self._like = batch_like(config, geometry)
+        self._like = batch_like(config, tokenizer)
         self._shardings = batch_shardings(mesh, self._like)
 
     def __call__(self, batch: TokenBatch) -> TokenBatch:

@@ -25,9 +25,9 @@ from vidgen.tokenizers import base as tokenizers
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """Frozen and hashable; parameters are passed in."""
+    """Frozen and hashable; parameters are passed in, but for those of a learned tokenizer, which stay as they are."""
 
-    tokenizer: tokenizers.BlockTokenizer
+    tokenizer: tokenizers.Tokenizer
     denoiser: dit.DiT
 
     def init(self, key: jax.Array, batch: TokenBatch) -> Any:

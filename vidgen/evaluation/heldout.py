@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from vidgen.batch import TokenBatch
 from vidgen.data import feed
 from vidgen.data.packing import Packing
 from vidgen.data.sources import open_source
@@ -28,13 +29,14 @@ def heldout_loss(config: ConfigDict, generator: Generator, mesh: Mesh) -> Callab
 
     The same rows of clips (`train.eval_rows`, rounded up to whole steps), noise and levels every time: the middles of
     eighths of the levels trained on, from little noise to much. `heldout_loss` is their mean.
+    A learned tokenizer encodes the rows once, whatever cache training reads, and its latents are the posteriors' means.
     "heldout_unreadable" counts clips that stayed out because they could not be read.
     """
     source = open_source(config.data, "heldout")
-    geometry = generator.tokenizer.geometry
-    packing = Packing(source.sizes, geometry, config.rows, config.seed)
+    tokenizer = generator.tokenizer
+    packing = Packing(source.sizes, tokenizer.geometry, config.rows, config.seed)
     steps = max(1, -(-config.train.eval_rows // config.rows.count))
-    place = feed.Placement(mesh, config, geometry)
+    place = feed.Placement(mesh, config, tokenizer)
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
     def sums(params, batch, step):
@@ -42,10 +44,16 @@ def heldout_loss(config: ConfigDict, generator: Generator, mesh: Mesh) -> Callab
         errors, weight = flow.heldout_sums(generator, params, batch, keys, config.objective, LEVELS)
         return errors, weight, jnp.sum(batch.clip >= 0)
 
+    def rows(n: int) -> TokenBatch:
+        return feed.host_rows(source, packing, tokenizer, config, n, place.local)
+
+    if tokenizer.learned:  # reading is cheap, a VAE is not
+        rows = functools.cache(rows)
+
     def loss(params: Any) -> dict[str, float]:
         total, tokens, unreadable = np.zeros(LEVELS), 0.0, 0
         for n in range(steps):
-            batch = place(feed.host_rows(source, packing, geometry, config, n, place.local))
+            batch = place(rows(n))
             errors, weight, clips = jax.device_get(sums(params, batch, np.int32(n)))
             total, tokens = total + np.asarray(errors, np.float64), tokens + float(weight)
             unreadable += sum(map(len, packing.step(n))) - int(clips)

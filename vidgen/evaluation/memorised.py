@@ -38,8 +38,8 @@ class Wanted:
 def clips(source: Source, geometry: Geometry, count: int) -> tuple[list[Wanted], dict[str, int]]:
     """The first `count` clips, and reason → how many of them could not be used.
 
-    Cut to whole tokens from the middle in space, as training does, and from the start in time, where training cuts a
-    clip that has frames to spare at another place each pass.
+    Cut to whole tokens from the middle in space and from the start in time, as training does for a learned tokenizer;
+    for an exact one, it cuts a clip that has frames to spare at another place each pass.
     """
     found, unused = [], Counter()
     for index in range(min(count, len(source.sizes))):

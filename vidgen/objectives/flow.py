@@ -87,7 +87,7 @@ def loss_of(generator: Generator, objective: ConfigDict) -> Callable[[Any, Token
     """
 
     def loss_sum(params: Any, batch: TokenBatch, keys_B: jax.Array) -> jax.Array:
-        batch = batch.replace(tokens=generator.tokenizer.encode_blocks(batch.tokens))
+        batch = batch.replace(tokens=generator.tokenizer.latents(batch.tokens, keys_B))
         segments = batch.clip.shape[1]
         normal, uniform, noise = row_randomness(keys_B, segments, batch.tokens.shape[1:])
         levels = logit_normal(normal, objective, segment_tokens(batch, segments))
@@ -101,8 +101,11 @@ def loss_of(generator: Generator, objective: ConfigDict) -> Callable[[Any, Token
 def heldout_sums(
     generator: Generator, params, batch: TokenBatch, keys_B: jax.Array, objective: ConfigDict, count: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(summed error at each of `count` fixed noise levels [count], trained tokens); only the noise is random."""
-    batch = batch.replace(tokens=generator.tokenizer.encode_blocks(batch.tokens))
+    """(summed error at each of `count` fixed noise levels [count], trained tokens); only the noise is random.
+
+    A learned tokenizer's latents are the means of their posteriors here.
+    """
+    batch = batch.replace(tokens=generator.tokenizer.latents(batch.tokens, None))
     segments = batch.clip.shape[1]
     _, _, noise = row_randomness(keys_B, segments, batch.tokens.shape[1:])
     grid = evaluation_levels(objective, segment_tokens(batch, segments), count)

@@ -148,24 +148,27 @@ def buffers(found: Compilation) -> str:
     return table(("size", "shape", "made by"), [(size(b), shape, made[-80:]) for b, shape, made in found.buffers])
 
 
-def audit(placed: list[Placed]) -> str:
-    """Every weight and where it lies; the average and the optimizer's moments, which lie like them, summed."""
+def audit(placed: list[Placed], most: int | None = None) -> str:
+    """Every weight, or the `most` largest, and where it lies; the average and the moments like them, summed."""
     weights = sorted((p for p in placed if p.path.startswith("params/")), key=lambda p: p.path) or placed
+    shown = sorted(sorted(weights, key=lambda p: -p.bytes)[:most], key=lambda p: p.path)
     rest = [p for p in placed if p not in weights]
     rows = [(p.path.removeprefix("params/"), shape_words(p.shape), spec_words(p.spec), size(p.bytes_per_device))
-            for p in weights]  # fmt: skip
+            for p in shown]  # fmt: skip
+    if len(shown) < len(weights):
+        rows.append((f"and {len(weights) - len(shown)} smaller ones", "", "", ""))
     rows.append(("all weights", "", "", size(sum(p.bytes_per_device for p in weights))))
     if rest:
         rows.append(("their average and the optimizer", "", "as theirs", size(sum(p.bytes_per_device for p in rest))))
     return table(("weight", "shape", "in pieces over", "a device"), rows)
 
 
-def state(placed: list[Placed], mesh: dict[str, int]) -> str:
+def state(placed: list[Placed], mesh: dict[str, int], most: int | None = None) -> str:
     """The audit, and what a device holds of it all."""
     here, all_of_it = sum(p.bytes_per_device for p in placed), sum(p.bytes for p in placed)
     devices = math.prod(mesh.values())
     whole = f"; each of {devices} devices holds all of it" if here == all_of_it and devices > 1 else ""
-    return f"\nSTATE: {size(here)} a device of {size(all_of_it)}{whole}\n{audit(placed)}"
+    return f"\nSTATE: {size(here)} a device of {size(all_of_it)}{whole}\n{audit(placed, most)}"
 
 
 def shape_words(shape: tuple[int, ...]) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 
 from vidgen import config as configs
 from vidgen.config import ConfigError
-from vidgen.studio import media, page, plots
+from vidgen.studio import compression, media, page, plots
 from vidgen.training import metrics
 from vidgen.training.metrics import si
 
@@ -66,10 +66,11 @@ def run(workdir: str) -> str:
         _header(name, config, rows, judgements),
         _samples_section(samples),
         _judge_section(judgements),
+        _compression_section(workdir),
         _loss_section(rows),
         _optimisation_section(rows),
         _speed_section(rows),
-        _facts_section("Packing", _json(os.path.join(workdir, "packing.json")), "No packing.json: not recorded."),
+        _fed_section(workdir),
         _config_section(config),
         _facts_section(
             "Environment", _json(os.path.join(workdir, "environment.json")), "No environment.json: not recorded."
@@ -123,8 +124,9 @@ def _judgements(workdir: str) -> list[Judgement]:
     """Of evaluation/<suite>.json, its newest, and evaluation/<suite>-<step>.json; a suite's oldest first."""
     judgements = []
     for path in sorted(glob.glob(os.path.join(glob.escape(workdir), "evaluation", "*.json"))):
-        results = _json(path)
-        stem = os.path.basename(path).removesuffix(".json")
+        results, stem = _json(path), os.path.basename(path).removesuffix(".json")
+        if stem == "compression":
+            continue
         suite, _, step = stem.rpartition("-")
         if not (suite and step.isdigit()):
             suite, step = stem, None
@@ -134,6 +136,19 @@ def _judgements(workdir: str) -> list[Judgement]:
     # The newest stands in both of its files; "-" sorts before ".", so <suite>.json is the one that stays.
     unique = {(j.suite, j.step): j for j in judgements}.values()
     return sorted(unique, key=lambda j: (j.suite, j.step is None, j.step or 0))
+
+
+def _fed_section(workdir: str) -> str:
+    """How rows were packed; of a VAE's run, which chunks there were."""
+    name = "chunks" if os.path.exists(os.path.join(workdir, "chunks.json")) else "packing"
+    found = _json(os.path.join(workdir, f"{name}.json"))
+    return _facts_section(name.capitalize(), found, f"No {name}.json: not recorded.")
+
+
+def _compression_section(workdir: str) -> str:
+    """What tokenizers lose, against how much they compress, where the suite reconstruction has looked."""
+    rows = (_json(os.path.join(workdir, "evaluation", "compression.json")) or {}).get("rows")
+    return page.section("Quality against compression", compression.fragment(rows)) if rows else ""
 
 
 def _newest(judgements: Sequence[Judgement]) -> dict[str, Judgement]:
@@ -276,7 +291,7 @@ def _results(judgement: Judgement) -> str:
     others = {
         k.replace("_", " "): len(v) if isinstance(v, list) else v
         for k, v in results.items()
-        if k not in (*JUDGED, "per_prompt") and not isinstance(v, dict)
+        if k not in (*JUDGED, "per_prompt", "per_clip", "notes") and not isinstance(v, dict)
     }
     body = f'<div class="scroll"><table><tbody>{"".join(rows)}</tbody></table></div>' if rows else ""
     if others:

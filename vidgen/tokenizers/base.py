@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+from typing import Any, ClassVar, Protocol
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +16,49 @@ from vidgen.config import ConfigError
 from vidgen.geometry import Geometry, Grid, from_blocks, patchify, to_blocks, unpatchify
 
 
+class Tokenizer(Protocol):
+    """Video ↔ tokens, in two halves: what the feed does to a clip on the host, and what the step does to a row.
+
+    Frozen and hashable, so that compiled steps and samplers can hold it.
+
+    Attributes:
+      geometry: pixels ↔ latents ↔ tokens.
+      learned: whether a network makes the latents. A clip is then encoded on its own before it is packed, and tokens
+        become video outside the compiled sampler; else both happen inside compiled programs.
+      digest: of the network's weights; empty where there are none.
+      fed: (D, dtype) of a token as the feed hands it over.
+    """
+
+    geometry: Geometry
+    learned: bool
+    digest: str
+
+    @property
+    def fed(self) -> tuple[int, Any]: ...
+
+    def fill(self, video_TxHxWx3: np.ndarray) -> np.ndarray:
+        """A u8 clip of a size that `geometry.fit` returned → [tokens, D], t-major, on the host."""
+        ...
+
+    def latents(self, fed_BxSxD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+        """Rows of the feed → tokens [B,S,P] f32, normalised: what is noised. Traceable.
+
+        Args:
+          keys_B: the rows' random keys, from which a learned tokenizer folds its own to draw from each token's
+            posterior; None: its mean. The exact ones draw nothing.
+        """
+        ...
+
+    def decode_tokens(self, tokens_BxSxP: Any, grid: Grid) -> Any:
+        """Tokens of clips of one size → video [B,T,H,W,3] f32 around [-1, 1]; `grid` is the token grid (t, y, x)."""
+        ...
+
+
 class BlockTokenizer(nn.Module):
     """A fixed orthonormal transform of the pixels that one latent covers, then (x - mean) / std.
 
     The transform sees no pixel outside a token's block, so rows are packed as u8 pixel blocks on the host and become
-    latents inside the step (`encode_blocks`), whatever the clips' shapes.
+    latents inside the step (`latents`), whatever the clips' shapes.
 
     Attributes:
       geometry: strides, patch and channels; channels = stride_t · stride_y · stride_x · 3.
@@ -28,6 +70,23 @@ class BlockTokenizer(nn.Module):
     basis: str = "identity"
     mean: float = 0.0
     std: float = 1.0
+
+    learned: ClassVar[bool] = False
+    digest: ClassVar[str] = ""
+
+    @property
+    def fed(self) -> tuple[int, Any]:
+        """A token's block of pixels, u8: a quarter of its latents' bytes."""
+        return math.prod(self.geometry.block) * 3, np.uint8
+
+    def fill(self, video_TxHxWx3: np.ndarray) -> np.ndarray:
+        """A clip's blocks; see `Tokenizer`."""
+        return to_blocks(video_TxHxWx3, self.geometry)
+
+    def latents(self, fed_BxSxD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+        """See `Tokenizer`."""
+        del keys_B
+        return self.encode_blocks(fed_BxSxD)
 
     def encode(self, video_BxTxHxWx3: jax.Array) -> jax.Array:
         """Video in [-1, 1], [B,T,H,W,3] → latents [B,t,y,x,C]; T = 1 + k·stride, H and W whole tokens."""
@@ -97,20 +156,40 @@ def haar_matrix(size: int) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
+NAMES = ("patch", "wavelet", "vae")
+
+
 def geometry_from_config(c: ConfigDict) -> Geometry:
-    """The geometry of `config.tokenizer`, without JAX work; raises ConfigError."""
-    if c.name not in ("patch", "wavelet"):
-        raise ConfigError(f"config.tokenizer.name={c.name!r}: known are patch, wavelet")
-    for key in ("stride", "patch"):
+    """The geometry of `config.tokenizer`, without JAX work or arrays of weights; raises ConfigError."""
+    if c.name not in NAMES:
+        near = difflib.get_close_matches(c.name, NAMES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"config.tokenizer.name={c.name!r}: known are {', '.join(NAMES)}{hint}")
+    own = ("patch",) if c.name == "vae" else ("stride", "patch")
+    for key in own:
         value = tuple(c[key])
         if len(value) != 3 or min(value) < 1:
             raise ConfigError(f"config.tokenizer.{key}={value}: expected three numbers ≥ 1, (t, y, x)")
+    if c.name == "vae":
+        from vidgen.tokenizers import learned
+
+        return learned.geometry_from_config(c)
+    if c.weights:
+        raise ConfigError(
+            f"config.tokenizer.weights={c.weights}: {c.name} has no weights; set config.tokenizer.name=vae, or leave "
+            "them out"
+        )
     if c.name == "wavelet" and any(s & (s - 1) for s in c.stride):
         raise ConfigError(f"config.tokenizer.stride={tuple(c.stride)}: the wavelet wants powers of two")
     channels = 3 * c.stride[0] * c.stride[1] * c.stride[2]
     return Geometry(tuple(c.stride), tuple(c.patch), channels)
 
 
-def from_config(c: ConfigDict) -> BlockTokenizer:
-    """The tokenizer of `config.tokenizer`."""
-    return BlockTokenizer(geometry_from_config(c), "haar" if c.name == "wavelet" else "identity", c.mean, c.std)
+def from_config(c: ConfigDict) -> Tokenizer:
+    """The tokenizer of `config.tokenizer`; raises ConfigError."""
+    geometry = geometry_from_config(c)
+    if c.name == "vae":
+        from vidgen.tokenizers import learned
+
+        return learned.from_config(c)
+    return BlockTokenizer(geometry, "haar" if c.name == "wavelet" else "identity", c.mean, c.std)

@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "model.attention",
     "model.remat",
     "model.unroll",
+    "vae.remat",
 )
 
 
@@ -69,7 +70,7 @@ class Checkpoints:
         if step == self.latest:
             return
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_without_ema(state)),
+            state=ocp.args.StandardSave(_saved(state)),
             ema=ocp.args.StandardSave(state.ema),
             facts=ocp.args.JsonSave(facts),
         )
@@ -80,8 +81,11 @@ class Checkpoints:
         return self._restored(step, facts=ocp.args.JsonRestore())["facts"]
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of `step`; `like` holds ShapeDtypeStructs with the shardings to restore into."""
-        state, ema = ocp.args.StandardRestore(_without_ema(like)), ocp.args.StandardRestore(like.ema)
+        """The state of `step`; `like` holds ShapeDtypeStructs with the shardings to restore into.
+
+        What is frozen is not saved, and not in it.
+        """
+        state, ema = ocp.args.StandardRestore(_saved(like)), ocp.args.StandardRestore(like.ema)
         items = self._restored(step, state=state, ema=ema)
         return TrainState(**items["state"], ema=items["ema"])
 
@@ -128,8 +132,10 @@ def _told_elsewhere(record: logging.LogRecord) -> bool:
     return not ("orbax" in record.pathname and (record.exc_info or "is read only" in record.getMessage()))
 
 
-def _without_ema(state: TrainState) -> dict[str, Any]:
-    return {name: value for name, value in vars(state).items() if name != "ema"}
+def _saved(state: TrainState) -> dict[str, Any]:
+    """What is saved as one: all but the moving average, what is frozen, and an `aux` that isn't there."""
+    left_out = {"ema", "frozen"} | ({"aux"} if state.aux is None else set())
+    return {name: value for name, value in vars(state).items() if name not in left_out}
 
 
 def write_config(workdir: str, config: ConfigDict) -> list[str]:

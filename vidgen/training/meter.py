@@ -15,6 +15,7 @@ from vidgen.config import ConfigError
 from vidgen.data.feed import FeedInfo
 
 STUCK = 50  # updates skipped in a row: more are no outliers
+OWN = ("grad_norm", "tokens", "skipped")  # of what a step says, what is not averaged
 PATIENCE = 10  # unreadable clips: fewer are no share to judge by
 
 
@@ -37,7 +38,7 @@ class Meter:
     def __init__(
         self,
         lr: Callable[[int], Any],
-        useful_flops: float,
+        useful_flops: Callable[[int], float],
         peak_flops: float,
         clips_a_step: float,
         max_bad: float,
@@ -48,7 +49,7 @@ class Meter:
 
         Args:
           lr: step → learning rate.
-          useful_flops: of a step, for MFU.
+          useful_flops: steps done → of the next step, for MFU.
           peak_flops: of all devices, a second.
           clips_a_step: about, against which unreadable clips are judged.
           max_bad: share of unreadable clips above which `fed` raises.
@@ -66,8 +67,8 @@ class Meter:
 
     def _begin(self) -> None:
         self._start, self._aside, self._wait = self._clock(), 0.0, 0.0
-        self._steps, self._tokens = 0, 0.0
-        self._losses: list[float] = []
+        self._steps, self._tokens, self._flops = 0, 0.0, 0.0
+        self._seen: dict[str, list[float]] = {}
 
     def fed(self, info: FeedInfo) -> None:
         """A batch came. Raises ConfigError if too many clips can't be read."""
@@ -86,14 +87,18 @@ class Meter:
         """Step n is done, or will be when this returns. Raises ConfigError if no step updates anything any more."""
         self._n, self._last = n, {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.tokens_seen += self._last["tokens"]
-        losses = [*self._losses, self._last["loss"]]
+        seen = self._seen
+        for name, value in self._last.items():
+            if name not in OWN:
+                seen.setdefault(name, []).append(value)
         if not self._warm:
             self._warm = True
             self._begin()
         else:
             self._steps += 1
             self._tokens += self._last["tokens"]
-        self._losses = losses
+            self._flops += self._useful(n - 1)
+        self._seen = seen
         skipped = int(self._last["skipped"])
         self._stuck = self._stuck + 1 if skipped > self._skipped else 0
         self._skipped = skipped
@@ -108,10 +113,12 @@ class Meter:
         self._aside += seconds
 
     def row(self) -> dict[str, float]:
-        """The figures since the last row, and a new start. Loss is the mean over its steps."""
+        """The figures since the last row, and a new start.
+
+        The loss, and what else a task measures, are means over the steps; the other figures are the last step's.
+        """
         seconds = max(self._clock() - self._start - self._aside, 1e-9)
-        values = {
-            "loss": float(np.mean(self._losses)),
+        values = {name: float(np.mean(values)) for name, values in self._seen.items()} | {
             "grad_norm": self._last["grad_norm"],
             "lr": float(self._lr(self._n - 1 - self._skipped)),
             "tokens_seen": self.tokens_seen,
@@ -123,7 +130,7 @@ class Meter:
             values |= {
                 "tokens_per_second": self._tokens / seconds,
                 "seconds_per_step": seconds / self._steps,
-                "mfu": self._useful * self._steps / seconds / self._peak,
+                "mfu": self._flops / seconds / self._peak,
                 "data_wait_fraction": self._wait / seconds,
             }
         self._begin()

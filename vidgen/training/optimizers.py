@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
@@ -65,6 +66,22 @@ def from_config(config: ConfigDict) -> optax.GradientTransformation:
         adam_learning_rate=lr,
         muon_weight_dimension_numbers=muon_dimensions,
     )
+
+
+def clipped(grads: Any, most: float) -> tuple[jax.Array, Any]:
+    """(global norm, gradients scaled to a norm of at most `most`; 0: as they are).
+
+    Those of "critics", which play against the rest, are scaled by a norm of their own. The norm returned is that of the
+    rest, and not finite where theirs is not.
+    """
+    if isinstance(grads, dict) and "critics" in grads:
+        norm, rest = clipped({name: value for name, value in grads.items() if name != "critics"}, most)
+        theirs, critics = clipped(grads["critics"], most)
+        return norm + 0.0 * theirs, rest | {"critics": critics}
+    norm = optax.tree.norm(grads)
+    if most:
+        grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, most / jnp.maximum(norm, 1e-12)), grads)
+    return norm, grads
 
 
 def matrices(params: Any) -> Any:

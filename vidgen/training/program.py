@@ -5,7 +5,9 @@ works on. `vidgen train` runs it; `vidgen plan` compiles the very same for devic
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
@@ -14,21 +16,18 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from vidgen import config as configs
-from vidgen.batch import TokenBatch
 from vidgen.config import ConfigError
-from vidgen.data.feed import batch_like
-from vidgen.diffusion import generator as generators
-from vidgen.diffusion.generator import Generator
-from vidgen.models import dit
-from vidgen.models.attention import check_heads, dtype_of
-from vidgen.objectives import flow
-from vidgen.parallel.mesh import batch_shardings
+from vidgen.models.attention import dtype_of
+from vidgen.parallel import processes
 from vidgen.parallel.rules import audit, check_sharded, rules_of, tree_shardings
 from vidgen.planning.hardware import compiler_options
-from vidgen.training import optimizers
+from vidgen.training import autoencoding, denoising, optimizers
 from vidgen.training import state as states
 from vidgen.training.state import TrainState
-from vidgen.training.step import make_step
+from vidgen.training.step import Batch, Step, make_step
+from vidgen.training.task import Task
+
+TASKS = {"denoiser": denoising, "vae": autoencoding}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,38 +36,64 @@ class Program:
 
     Attributes:
       config, mesh: what it was built from.
-      generator, optimizer: of the config.
+      task: what is trained, and what its steps minimise.
+      optimizer: of the config.
       compiler_options: that the step is compiled with, of the table in `vidgen/planning/hardware.py`.
-      init: () → the state before the first step, made straight into its sharding; jitted.
-      step: (state, batch) → (state, metrics on every device); jitted, and takes over the memory of the state.
-      state_like: the state as ShapeDtypeStructs with shardings: to restore into, and to lower `step` with.
+      init: () → the state before the first step, made straight into its sharding.
+      steps: ((steps done before it is used, step), …); a step is (state, batch) → (state, metrics on every device);
+        jitted, and takes over the memory of the state.
+      state_like: the state as ShapeDtypeStructs with shardings: to restore into, and to lower a step with.
       state_shardings: the same tree, of shardings.
-      batch_like: a batch just as the feed makes it, as ShapeDtypeStructs with shardings; tokens are u8 pixel blocks.
+      batch_like: the largest batch that the feed makes, as ShapeDtypeStructs with shardings; pixels are u8.
       batch_shardings: the same tree, of shardings.
     """
 
     config: ConfigDict
     mesh: Mesh
-    generator: Generator
+    task: Task
     optimizer: optax.GradientTransformation
     compiler_options: dict[str, str]
     init: Callable[[], TrainState]
-    step: Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, jax.Array]]]
+    steps: tuple[tuple[int, Step], ...]
     state_like: TrainState
     state_shardings: TrainState
-    batch_like: TokenBatch
-    batch_shardings: TokenBatch
+    batch_like: Batch
+    batch_shardings: Batch
+
+    @property
+    def generator(self) -> Any:
+        """What the task trains: of a denoiser's, a `vidgen.diffusion.generator.Generator`; of a VAE's, its module."""
+        return self.task.model
+
+    def frozen(self) -> Any:
+        """What is frozen of a state, on the devices: checkpoints don't have it."""
+        return processes.put(self.task.frozen, self.state_shardings.frozen)
+
+    @property
+    def step(self) -> Step:
+        """The step as it is at the end of the run, when all losses have joined."""
+        return self.steps[-1][1]
+
+    def step_after(self, done: int) -> Step:
+        """The step to take when so many have been."""
+        return [step for start, step in self.steps if start <= done][-1]
+
+
+def task_of(config: ConfigDict) -> Any:
+    """The module of `config.task`; raises ConfigError."""
+    if config.task not in TASKS:
+        near = difflib.get_close_matches(config.task, TASKS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"config.task={config.task!r}: known are {', '.join(TASKS)}{hint}")
+    return TASKS[config.task]
 
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError on settings of the program that can't be used, whatever the mesh."""
     configs.check(config)
-    dit.check(config)
-    check_heads("text", config.text)
-    for name, value in (("dtype", config.dtype), ("model.residual", config.model.residual)):
-        dtype_of(name, value)
+    dtype_of("dtype", config.dtype)
     optimizers.from_config(config)
-    flow.check(config.objective)
+    task_of(config).check(config)
     rules_of(config.mesh)
     if config.mesh.compiler_options not in ("table", "none"):
         raise ConfigError(f"config.mesh.compiler_options={config.mesh.compiler_options!r}: known are table, none")
@@ -85,38 +110,46 @@ def build(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> Progra
         device though the mesh is there to share it.
     """
     check(config)
-    generator = generators.from_config(config, mesh, platform)
+    task = task_of(config).task(config, mesh, platform)
     optimizer = optimizers.from_config(config)
 
     def init() -> TrainState:
-        return states.create(generator.init(jax.random.key(config.seed), generators.example(config)), optimizer)
+        params, aux = task.init(jax.random.key(config.seed))
+        return states.create(params, optimizer, aux)
 
     state = jax.eval_shape(init)
     rules, sizes = rules_of(config.mesh), dict(mesh.shape)
     check_sharded(audit(state, sizes, rules), sizes, config.mesh.rules)
-    state_shardings = tree_shardings(state, mesh, rules)
-    batch = batch_like(config, generator.tokenizer.geometry)
-    batch_places = batch_shardings(mesh, batch)
-    step = make_step(flow.loss_of(generator, config.objective), flow.trained, optimizer, config, state_shardings.params)
+    whole = NamedSharding(mesh, P())
+    shardings = tree_shardings(state, mesh, rules)
+    made = jax.jit(init, out_shardings=shardings)
+    # What is frozen goes in as an argument: as a constant it would be in the program's text.
+    frozen = jax.eval_shape(lambda: task.frozen)
+    state = state.replace(frozen=frozen)
+    shardings = shardings.replace(frozen=jax.tree.map(lambda _: whole, frozen))
     options = compiler_options(mesh.devices.flat[0]) if config.mesh.compiler_options == "table" else {}
+
+    def compiled(loss):
+        return jax.jit(
+            make_step(loss, task.weight, optimizer, config, shardings.params),
+            in_shardings=(shardings, task.batch_shardings),
+            out_shardings=(shardings, whole),
+            donate_argnums=0,
+            compiler_options=options,
+        )
+
     return Program(
         config=config,
         mesh=mesh,
-        generator=generator,
+        task=task,
         optimizer=optimizer,
         compiler_options=options,
-        init=jax.jit(init, out_shardings=state_shardings),
-        step=jax.jit(
-            step,
-            in_shardings=(state_shardings, batch_places),
-            out_shardings=(state_shardings, NamedSharding(mesh, P())),
-            donate_argnums=0,
-            compiler_options=options,
-        ),
-        state_like=_placed(state, state_shardings),
-        state_shardings=state_shardings,
-        batch_like=_placed(batch, batch_places),
-        batch_shardings=batch_places,
+        init=lambda: made().replace(frozen=processes.put(task.frozen, shardings.frozen)),
+        steps=tuple((start, compiled(loss)) for start, loss in task.losses),
+        state_like=_placed(state, shardings),
+        state_shardings=shardings,
+        batch_like=_placed(task.batch_like, task.batch_shardings),
+        batch_shardings=task.batch_shardings,
     )
 
 

@@ -23,6 +23,8 @@ class TrainState:
       opt_state: of optax.
       grad_norm: () f32, running mean of the gradient's norm, against which outliers are judged.
       skipped: () i32, steps whose update was skipped as an outlier.
+      aux: what a loss carries from step to step beside weights: the vectors of spectral norms. None: nothing.
+      frozen: weights that a loss looks through and that nothing trains: LPIPS's. None: nothing. Not saved.
     """
 
     step: jax.Array
@@ -31,10 +33,12 @@ class TrainState:
     opt_state: Any
     grad_norm: jax.Array
     skipped: jax.Array
+    aux: Any = None
+    frozen: Any = None
 
 
-def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+def create(params: Any, optimizer: optax.GradientTransformation, aux: Any = None) -> TrainState:
+    """The state before the first step, without what is frozen."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -42,6 +46,7 @@ def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
         opt_state=optimizer.init(params),
         grad_norm=jnp.zeros((), jnp.float32),
         skipped=jnp.zeros((), jnp.int32),
+        aux=aux,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,33 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from vidgen.batch import TokenBatch
+from vidgen.batch import TokenBatch, VideoBatch
+from vidgen.training import optimizers
 from vidgen.training.state import TrainState
 
-LossSum = Callable[[Any, TokenBatch, jax.Array], jax.Array]  # (params, rows, a key a row) → summed error
-Weight = Callable[[TokenBatch], jax.Array]  # rows → weight of each token, [B,S]
+Batch = TokenBatch | VideoBatch
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a loss looks at beside the parameters.
+
+    Attributes:
+      batch: rows.
+      keys: [B], a random key a row.
+      aux, frozen: see `TrainState`.
+    """
+
+    batch: Batch
+    keys: jax.Array
+    aux: Any = None
+    frozen: Any = None
+
+
+# (params, inputs) → (error summed over what the weight counts, (aux for the next step, more such sums, by name))
+LossSum = Callable[[Any, Inputs], tuple[jax.Array, tuple[Any, Metrics]]]
+Weight = Callable[[Batch], jax.Array]  # rows → weight of each token, [B,S], or of each row, [B]
 
 
 def row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
@@ -28,7 +51,7 @@ def microbatches(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), tree)
 
 
-Step = Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, jax.Array]]]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_step(
@@ -40,7 +63,8 @@ def make_step(
 ) -> Step:
     """(state, batch) → (state, metrics), to be jitted with the state donated.
 
-    The loss is the sum of errors over the trained tokens of the whole global batch, over devices and microbatches.
+    The loss is the sum of errors over all that has weight in the whole global batch, over devices and microbatches, and
+    so is what else the loss measures; both are divided by that weight, which is logged as "tokens".
     `shardings` are the parameters', or None on one device: gradients lie like them from the start.
     """
     c = config.optimizer
@@ -48,28 +72,34 @@ def make_step(
     def placed(grads):
         return grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings)
 
-    def gradients(params, batch, keys, total):
-        def loss(params, batch, keys):
-            return loss_sum(params, batch, keys) / total
+    def gradients(state, batch, keys, total):
+        """(loss, aux, more metrics, gradients)."""
 
+        def loss(params, aux, batch, keys):
+            value, more = loss_sum(params, Inputs(batch, keys, aux, state.frozen))
+            return value / total, more
+
+        differentiate = jax.value_and_grad(loss, has_aux=True)
         if c.accumulate == 1:
-            value, grads = jax.value_and_grad(loss)(params, batch, keys)
-            return value, placed(grads)
+            (value, (aux, sums)), grads = differentiate(state.params, state.aux, batch, keys)
+            return value, aux, sums, placed(grads)
 
         def add(carry, part):
-            value, grads = jax.value_and_grad(loss)(params, *part)
-            return (carry[0] + value, jax.tree.map(jnp.add, carry[1], placed(grads))), None
+            value, aux, grads = carry
+            (more, (aux, sums)), new = differentiate(state.params, aux, *part)
+            return (value + more, aux, jax.tree.map(jnp.add, grads, placed(new))), sums
 
-        zero = (jnp.zeros(()), placed(jax.tree.map(jnp.zeros_like, params)))
-        return jax.lax.scan(add, zero, microbatches((batch, keys), c.accumulate))[0]
+        zero = (jnp.zeros(()), state.aux, placed(jax.tree.map(jnp.zeros_like, state.params)))
+        (value, aux, grads), sums = jax.lax.scan(add, zero, microbatches((batch, keys), c.accumulate))
+        return value, aux, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), grads
 
-    def step(state: TrainState, batch: TokenBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-        tokens = jnp.sum(weight(batch))
-        keys = row_keys(config.seed, state.step, batch.segment.shape[0])
-        loss, grads = gradients(state.params, batch, keys, jnp.maximum(tokens, 1.0))
-        norm = optax.tree.norm(grads)
-        if c.clip:
-            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, c.clip / jnp.maximum(norm, 1e-12)), grads)
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        weights = weight(batch)
+        tokens = jnp.sum(weights)
+        total = jnp.maximum(tokens, 1.0)
+        keys = row_keys(config.seed, state.step, weights.shape[0])
+        loss, aux, sums, grads = gradients(state, batch, keys, total)
+        norm, grads = optimizers.clipped(grads, c.clip)
         good = jnp.isfinite(norm)
         if c.outlier:
             settled = state.step - state.skipped >= 20  # a mean over fewer steps says little
@@ -80,17 +110,18 @@ def make_step(
         decay = jnp.minimum(c.ema, (1.0 + state.step) / (10.0 + state.step))
         ema = optax.incremental_update(params, state.ema, 1.0 - decay)
         # A choice of numbers and not of branches: the compiler makes one pass over weights and moments of it, in place.
-        params, ema, opt_state = jax.tree.map(
+        params, ema, opt_state, aux = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
-            (params, ema, opt_state),
-            (state.params, state.ema, state.opt_state),
+            (params, ema, opt_state, aux),
+            (state.params, state.ema, state.opt_state, state.aux),
         )
         # What lasts is no outlier: the mean follows, a little at a time.
         seen = jnp.where(jnp.isfinite(norm), jnp.minimum(norm, c.outlier * state.grad_norm), state.grad_norm)
         mean = 0.95 * state.grad_norm + 0.05 * jnp.where(good, norm, seen)
         mean = jnp.where(good & (state.step == state.skipped), norm, mean)
         skipped = state.skipped + (1 - good.astype(jnp.int32))
-        state = TrainState(state.step + 1, params, ema, opt_state, mean, skipped)
-        return state, {"loss": loss, "grad_norm": norm, "tokens": tokens, "skipped": skipped}
+        more = {name: value / total for name, value in sums.items()}
+        state = TrainState(state.step + 1, params, ema, opt_state, mean, skipped, aux, state.frozen)
+        return state, more | {"loss": loss, "grad_norm": norm, "tokens": tokens, "skipped": skipped}
 
     return step

@@ -1,0 +1,95 @@
+"""What `vidgen train` does for a denoiser beside its steps: rows of tokens, held-out loss, samples of prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vidgen import sample
+from vidgen.data import feed
+from vidgen.data.latents import open_clips
+from vidgen.data.packing import Packing
+from vidgen.data.sources import Source
+from vidgen.evaluation.heldout import heldout_loss
+from vidgen.planning.flops import step_flops
+from vidgen.planning.mix import Mix
+from vidgen.studio import media
+from vidgen.training.course import Course, Introduction
+from vidgen.training.metrics import MetricWriter, si
+from vidgen.training.program import Program
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError on settings that would fail late."""
+    sample.check(config)
+
+
+def settle(config: ConfigDict) -> None:
+    """Chooses the prompts of samples, so that later ones show the same."""
+    if config.train.sample_every and not config.sample.prompts:
+        config.sample.prompts = tuple(sample.heldout_captions(config, 6))
+
+
+def course(program: Program) -> Course:
+    """Raises ConfigError for clips that can't be found or don't fit."""
+    config, mesh = program.config, program.mesh
+    tokenizer = program.generator.tokenizer
+    source = open_clips(config, tokenizer)
+    packing = Packing(source.sizes, tokenizer.geometry, config.rows, config.seed)
+    return Course(
+        source=source,
+        batches=lambda start: feed.batches(source, packing, tokenizer, config, start, mesh),
+        introduce=lambda start: introduce(program, source, packing, start),
+        heldout=heldout_loss(config, program.generator, mesh) if config.train.eval_every else None,
+        draw=lambda params, n, workdir, writer: draw(program, params, n, workdir, writer),
+        publish=lambda params, workdir: {},
+    )
+
+
+def introduce(program: Program, source: Source, packing: Packing, start: int) -> Introduction:
+    """How the clips fill the rows, and what a step computes, over the 32 steps from `start` on."""
+    config = program.config
+    planned = range(start, start + min(packing.steps_per_epoch, 32))
+    stats, shown = packing.stats(planned), _mix(program, source, packing, planned)
+    pairs = shown.pairs(tuple(config.model.window), config.model.full_every)
+    features = program.generator.tokenizer.geometry.features
+    flops = step_flops(config, features, pairs.full, pairs.text, pairs.crossed, pairs.windowed)
+    lines = [f"{len(source.sizes)} clips, {packing.steps_per_epoch} steps a pass: {stats}"]
+    lines += feed.notes(source, packing, program.generator.tokenizer, config)
+    if config.train.eval_every and config.data.source != "moving_shapes" and not config.data.holdout:
+        lines.append("config.data.holdout is 0: the held-out loss is of clips that are trained on")
+    return Introduction(
+        lines=tuple(lines),
+        files={"packing": dataclasses.asdict(stats)},
+        work=f"{si(flops.useful)}FLOP a step, {si(flops.attention_useful)}FLOP of it in attention",
+        flops=lambda step: flops.useful,
+        clips=sum(map(len, shown.clips)) / len(planned),
+    )
+
+
+def _mix(program: Program, source: Source, packing: Packing, steps: range) -> Mix:
+    """The clips of these steps, as the count of FLOPs wants them."""
+    geometry = program.generator.tokenizer.geometry
+    rows = [row for n in steps for row in packing.step(n)]
+    grids = tuple(tuple((geometry.grid(p.frames, p.height, p.width), p.text) for p in row) for row in rows)
+    seconds = program.config.model.time_in_seconds
+    tick = geometry.block[0] / float(np.median(source.sizes.fps)) * 8 if seconds else 1.0
+    return Mix("", grids, program.config.rows.tokens, len(steps), tick)
+
+
+def draw(program: Program, params: Any, n: int, workdir: str, writer: MetricWriter | None) -> None:
+    """Samples of `sample.prompts`, a row each, into WORKDIR/samples/<step>/ and TensorBoard."""
+    config = program.config
+    prompts, seeds = list(config.sample.prompts), range(4)
+    videos = sample.draw(config, program.generator, params, prompts, seeds=seeds)
+    if writer is None:
+        return
+    shown = media.grid(videos, columns=len(seeds), scale=sample.scale_for(config.sample.width))
+    folder = os.path.join(workdir, "samples", f"{n:08d}")
+    about = config.sample.to_dict() | {"prompts": prompts, "seeds": list(seeds), "step": n}
+    sample.write_grid(os.path.join(folder, "grid"), shown, config.sample.fps, f"{folder}/prompts.json", about)
+    writer.videos(n, {"samples": shown}, config.sample.fps)

@@ -1,0 +1,54 @@
+"""What a run does with its clips beside its steps, and what it tells of them: `vidgen train` asks for nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from vidgen.data.feed import FeedInfo
+from vidgen.data.sources import Source
+from vidgen.training.metrics import MetricWriter
+from vidgen.training.step import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Introduction:
+    """What there is to say before the first step.
+
+    Attributes:
+      lines: for the terminal.
+      files: name → JSON values: what the workdir keeps as name.json.
+      work: what a step computes, in words.
+      flops: steps done → useful FLOPs of the next one, over all devices.
+      clips: that a step has, about.
+    """
+
+    lines: tuple[str, ...]
+    files: dict[str, Any]
+    work: str
+    flops: Callable[[int], float]
+    clips: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """A program with its clips. All processes call its functions alike.
+
+    Attributes:
+      source: the clips that are trained on.
+      batches: steps done → the batches from there on; to be used in a `with`.
+      introduce: steps done → what to say before going on.
+      heldout: averaged weights → figures on clips that are not trained on; None where none are wanted.
+      draw: (averaged weights, step, workdir, the writer or None) writes pictures to WORKDIR/samples/<step>/ and shows
+        them beside the curves; only the process that has the writer writes.
+      publish: (averaged weights, workdir) → more facts for the checkpoint, and what others are to use of the weights.
+    """
+
+    source: Source
+    batches: Callable[[int], AbstractContextManager[Iterator[tuple[Batch, FeedInfo]]]]
+    introduce: Callable[[int], Introduction]
+    heldout: Callable[[Any], dict[str, float]] | None
+    draw: Callable[[Any, int, str, MetricWriter | None], None]
+    publish: Callable[[Any, str], dict[str, Any]]
