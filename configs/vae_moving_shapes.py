@@ -34,15 +34,16 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.clips.shapes = ((9, 32, 32, 8),)
 
+    # With L1 alone a small object on a black ground is long taken for black.
     c.reconstruction.l1 = 1.0
+    c.reconstruction.l2 = 1.0
     c.reconstruction.kl = 1e-6
 
-    c.optimizer.name = "adamw"
     c.optimizer.lr = 2e-3
     c.optimizer.warmup = 100
     c.optimizer.ema = 0.995
 
-    c.train.steps = 4000
+    c.train.steps = 7000
     c.train.log_every = 50
     c.train.checkpoint_every = 1000
     c.train.eval_every = 500

@@ -84,6 +84,7 @@ def base() -> ConfigDict:
     # What the VAE's step minimises; see vidgen/objectives/reconstruction.py.
     c.reconstruction = reconstruction = ConfigDict()
     reconstruction.l1 = 1.0  # weight of the mean absolute error of pixels in [-1, 1]
+    reconstruction.l2 = 0.0  # of the mean squared error, which sees small bright things on a plain ground sooner
     reconstruction.kl = 1e-6  # of the KL divergence to a standard normal, a latent value
     reconstruction.lpips = 0.0  # of LPIPS (VGG16); needs the extra [perceptual]
     reconstruction.lpips_frames = 4  # frames of a chunk that LPIPS and the image critic see, drawn each step; 0: all
@@ -197,6 +198,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "vae.patch": (1, 64),
     "clips.image_steps": (0, math.inf),
     "reconstruction.l1": (0, 1e6),
+    "reconstruction.l2": (0, 1e6),
     "reconstruction.kl": (0, 1e6),
     "reconstruction.lpips": (0, 1e6),
     "reconstruction.lpips_frames": (0, math.inf),

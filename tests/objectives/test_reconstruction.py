@@ -231,7 +231,7 @@ def test_hinge_and_patches():
 
 def test_settings_that_mean_nothing():
     shapes = [Shape(5, 8, 32, 2)]
-    with pytest.raises(ConfigError, match="l1 and lpips are both 0"):
+    with pytest.raises(ConfigError, match="l1, l2 and lpips are all 0"):
         reconstruction.check(settings(l1=0.0), shapes)
     with pytest.raises(ConfigError, match="frames of 5x8x32 are too small for LPIPS; expected 16x16"):
         reconstruction.check(settings(lpips=1.0), shapes)

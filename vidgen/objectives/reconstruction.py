@@ -37,9 +37,9 @@ class Critics:
 
 def check(c: ConfigDict, shapes: Any) -> None:
     """Raises ConfigError on settings of `config.reconstruction` that mean nothing for chunks of these shapes."""
-    if not c.l1 and not c.lpips:
+    if not c.l1 and not c.l2 and not c.lpips:
         raise ConfigError(
-            "config.reconstruction: l1 and lpips are both 0; expected one of them above 0, such as l1=1.0"
+            "config.reconstruction: l1, l2 and lpips are all 0; expected one of them above 0, such as l1=1.0"
         )
     for shape in shapes:
         if c.lpips and min(shape.height, shape.width) < LEAST:
@@ -91,6 +91,11 @@ def kl(mean: jax.Array, logvar: jax.Array) -> jax.Array:
 def absolute(a: jax.Array, b: jax.Array) -> jax.Array:
     """Mean absolute error of each row, [B]."""
     return jnp.mean(jnp.abs(a - b), axis=(1, 2, 3, 4))
+
+
+def squared(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Mean squared error of each row, [B]."""
+    return jnp.mean(jnp.square(a - b), axis=(1, 2, 3, 4))
 
 
 def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -157,6 +162,8 @@ def loss_of(vae: CausalVAE, c: ConfigDict, critics: Critics | None = None, place
 
         def rebuilt(y):
             sums = {"l1": share @ absolute(y, x)}
+            if c.l2:
+                sums["l2"] = share @ squared(y, x)
             if c.lpips:
                 sums["lpips"] = share @ perceptual(
                     inputs.frozen, some_frames(y, order, c.lpips_frames), frames, vae.dtype
@@ -246,12 +253,15 @@ def _adaptive(vae: CausalVAE, params: Any, features: jax.Array, rebuilt: jax.Arr
 
 
 def heldout_sums(vae: CausalVAE, params: Any, batch: VideoBatch, c: ConfigDict) -> dict[str, jax.Array]:
-    """Sums over the chunks that could be read, of what the latents' mean gives: l1, kl, psnr, loss, chunks."""
+    """Sums over the chunks that could be read, of what the latents' mean gives: l1, l2, kl, loss, psnr, chunks.
+
+    The loss is without LPIPS and critics."""
     x = pixels(batch)
     mean, logvar = vae.apply({"params": params}, x, method="encode")
     y = vae.apply({"params": params}, mean, method="decode")
-    values = {"l1": absolute(y, x), "kl": kl(mean, logvar), "psnr": psnr(y, x), "chunks": jnp.ones(len(x))}
-    values["loss"] = c.l1 * values["l1"] + c.kl * values["kl"]
+    values = {"l1": absolute(y, x), "l2": squared(y, x), "kl": kl(mean, logvar)}
+    values["loss"] = sum(c[name] * value for name, value in values.items())
+    values |= {"psnr": psnr(y, x), "chunks": jnp.ones(len(x))}
     return {name: jnp.sum(jnp.where(batch.clip >= 0, value, 0.0)) for name, value in values.items()}
 
 

@@ -72,7 +72,20 @@ def up2d(x_BxTxHxWxC: jax.Array, kernel: jax.Array) -> jax.Array:
     fold = jnp.asarray([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)  # [phase, small row, row]
     small = jnp.einsum("pay,qbx,yxcf->abcpqf", fold, fold, kernel, precision="highest").reshape(2, 2, c, 4 * f)
     frames = x_BxTxHxWxC.reshape(b * t, h, w, c)
-    y = jax.lax.conv_general_dilated(frames, small, (1, 1), [(1, 1), (1, 1)], dimension_numbers=DIMENSIONS[4])
+    y = jax.lax.platform_dependent(frames, small, cpu=_by_corners, default=_around)
     y = y.reshape(b * t, h + 1, w + 1, 2, 2, f)
     rows = [jnp.stack([y[:, p : p + h, q : q + w, p, q] for q in (0, 1)], axis=3) for p in (0, 1)]
     return jnp.stack(rows, axis=2).reshape(b, t, 2 * h, 2 * w, f)
+
+
+def _around(frames: jax.Array, kernel: jax.Array) -> jax.Array:
+    """2×2 convolution with zeros around: [N,H,W,C] * [2,2,C,F] → [N,H+1,W+1,F]."""
+    return jax.lax.conv_general_dilated(frames, kernel, (1, 1), [(1, 1), (1, 1)], dimension_numbers=DIMENSIONS[4])
+
+
+def _by_corners(frames: jax.Array, kernel: jax.Array) -> jax.Array:
+    """As one matrix product: XLA's CPU backend is slow at the gradient of such a kernel."""
+    n, h, w, c = frames.shape
+    padded = jnp.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    corners = [padded[:, i : i + h + 1, j : j + w + 1] for i in (0, 1) for j in (0, 1)]
+    return jnp.concatenate(corners, axis=-1) @ kernel.reshape(4 * c, -1)

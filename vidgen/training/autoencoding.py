@@ -25,8 +25,6 @@ from vidgen.training.task import Task
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError on settings of the VAE, its chunks and its objective that can't be used."""
-    if config.optimizer.name == "muon":
-        raise ConfigError("config.optimizer.name='muon': it is for the matrices of a denoiser; expected adamw")
     if config.mesh.tensor > 1:
         raise ConfigError(
             f"config.mesh.tensor={config.mesh.tensor}: a VAE has no axis of that kind; nearest: mesh.tensor=1, and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -37,12 +38,15 @@ def schedule(c: ConfigDict, peak: float, steps: int) -> optax.Schedule:
 def muon_dimensions(params: Any) -> Any:
     """Which axes of each array are a matrix for Muon; None for AdamW.
 
-    Muon takes the matrices inside blocks, each layer of a stack on its own. Embeddings, modulations, norms, biases
-    and the first and last layer are AdamW's (Jordan et al., 2024).
+    Muon takes the matrices inside blocks, each layer of a stack on its own, and the convolutions inside a VAE's levels,
+    whose windows and inputs are the rows. Embeddings, modulations, norms, biases, critics, and the first and last layer
+    are AdamW's (Jordan et al., 2024).
     """
 
     def dimensions(path, x):
         name = path_name(path)
+        if re.match(r"vae/(en|de)coder/\w+_block.*kernel$", name):
+            return MuonDimensionNumbers(reduction_axis=tuple(range(x.ndim - 1)), output_axis=x.ndim - 1)
         inside = name.startswith(("blocks/", "text/")) and name.endswith("kernel") and "modulation" not in name
         return MuonDimensionNumbers(reduction_axis=x.ndim - 2, output_axis=x.ndim - 1) if inside else None
 
