@@ -35,9 +35,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.clips.shapes = ((17, 32, 72, 2), (17, 32, 56, 2), (17, 32, 40, 2))
 
     c.reconstruction.l1 = 1.0
+    c.reconstruction.l2 = 1.0
     c.reconstruction.kl = 1e-6
 
-    c.optimizer.name = "adamw"
     c.optimizer.lr = 2e-3
     c.optimizer.warmup = 100
     c.optimizer.ema = 0.995

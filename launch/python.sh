@@ -55,7 +55,7 @@ find_python() {
     return 1
 }
 
-# make_venv [EXTRA]: .venv with this clone installed in it, editable, with its extra. A second run finds it done.
+# make_venv [EXTRA,…]: .venv with this clone installed in it, editable, with its extras. A second run finds it done.
 make_venv() {
     local extra=${1:-} python version stamp wanted
     python=$(find_python)

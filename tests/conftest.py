@@ -38,3 +38,11 @@ def make_tiny():
 @pytest.fixture
 def tiny():
     return make_tiny()
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Programs that compile in a third of the time and run slower: for many small ones that run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -87,7 +87,7 @@ def test_ranges_are_of_settings_that_are():
     ("body", "says"),
     [
         ("pass", "returned NoneType; expected a ConfigDict"),
-        ("import ml_collections; return ml_collections.ConfigDict()", "no data.fps; start from"),
+        ("import ml_collections; return ml_collections.ConfigDict()", "no clips.image_steps; start from"),
         ("c = config.base(); c.train.stepz = 5; return c", "AttributeError.*stepz"),
         ("c = config.base(); c.train.steps = 0; return c", "config.train.steps=0: expected 1"),
     ],

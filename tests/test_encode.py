@@ -170,6 +170,7 @@ def test_a_rerun_completes_what_was_left_and_leaves_the_finished_alone(config, t
     with pytest.raises(ConfigError, match="latents-000002.array_record: 100, expected"):
         cached(config, out)
     latents.shard_path(out, 4).unlink()
+    latents.shard_path(out, 3, "jsonl").unlink()
     assert encode.run(config, str(out)).encoded > 0
     assert contents(out) == contents(tmp_path / "whole")
 

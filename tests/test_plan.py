@@ -110,6 +110,42 @@ def test_the_nearest_mesh_is_found_where_the_configs_does_not_divide(name, topol
     assert facts["mesh_note"] == "refitted from the config's" in capsys.readouterr().out
 
 
+def test_a_vae_is_planned_without_its_devices(monkeypatch, capsys):
+    monkeypatch.setattr(aot, "devices", Mock(side_effect=AssertionError("arithmetic needs none")))
+    c = load("vae_moving_shapes.py", **{"reconstruction.gan": 0.1, "reconstruction.gan_dim": 4})
+    facts = plan.run(c, "v5e:2x4", mesh="data=4,context=2", abstract=True)
+    said = capsys.readouterr().out
+    assert facts["mesh"] == {"data": 4, "fsdp": 1, "context": 2, "tensor": 1}
+    assert (facts["chunks"], facts["chunk"]) == (8, "9x32x32") and facts["parameters"] == 1_528_804
+    assert "l1 1, l2 1, kl 1e-06, gan 0.1" in said and "1,528,804" in said and "COMPILED" not in said
+    # 16 bytes a weight and more, in halves, with what trains the critics.
+    assert 6 * facts["parameters"] < facts["state_bytes_per_device"] < 16 * facts["parameters"]
+    assert facts["seconds_at_the_peak"] == facts["useful_flops"] / (8 * 197e12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--search"], "--search: it ranks ways to train a denoiser"),
+        (["--mode", "sample"], "--mode: a plan of task=vae"),
+        (["--price", "2"], "--price: a plan of task=vae"),
+        (["--tokens", "1e9"], "--tokens: a plan of task=vae"),
+        (["--mesh", "tensor=4"], "config.mesh.tensor=4: a VAE has no axis of that kind"),
+        (["--mesh", "data=3"], "data=3 (3) is not the 4 devices"),
+        (["--config.clips.shapes=((9,32,32,6),)"], "6 chunks of 9x32x32 don't divide over 4 devices"),
+        (["--config.vae.num_res_blocks=0"], "num_res_blocks=0: expected 1"),
+    ],
+)
+def test_what_a_plan_of_a_vae_has_not_is_told_in_a_line(arguments, says, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(aot, "devices", Mock(side_effect=AssertionError("never asked")))
+    with pytest.raises(SystemExit) as e:
+        cli.main(["plan", "--config", str(CONFIGS / "vae_moving_shapes.py"), "--topology", "v5e:2x2", "--abstract",
+                  *arguments])  # fmt: skip
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and says in said and said.count("\n") == 1
+
+
 def test_no_mesh_at_all_is_told_in_a_line():
     with pytest.raises(ConfigError, match="296 tokens of a row on each of context=256"):
         plan.run(load("wan_14b_720p.py"), "v5p:4x8x8", abstract=True)

@@ -133,7 +133,7 @@ def test_a_workdir_of_another_config_is_refused(straight):
 
 def test_a_workdir_has_one_run_at_a_time(straight):
     workdir, _ = straight
-    with only_one(str(workdir)), pytest.raises(ConfigError, match="another vidgen train is at work there"):
+    with only_one(str(workdir)), pytest.raises(ConfigError, match="another vidgen is at work there"):
         train.run(config(eval_every=3, eval_rows=4, sample_every=6), str(workdir))
 
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from vidgen import config as configs
-from vidgen import train, weights
+from vidgen import train, train_vae, weights
 from vidgen.config import ConfigError
 from vidgen.data.clip import BadClip
 from vidgen.data.moving_shapes import MovingShapes
@@ -69,10 +70,22 @@ def test_a_run_leaves_what_it_says(straight):
     assert result.step == 6 and not result.stopped_by
     rows = metrics.read(str(workdir))
     assert [row["step"] for row in rows] == [2, 3, 4, 6]
-    for name in ("loss", "l1", "kl", "psnr", "gan", "critics", "gan_weight", "grad_norm", "tokens_per_second", "mfu"):
+    for name in (
+        "loss",
+        "l1",
+        "l2",
+        "kl",
+        "psnr",
+        "gan",
+        "critics",
+        "gan_weight",
+        "grad_norm",
+        "tokens_per_second",
+        "mfu",
+    ):
         assert np.isfinite(rows[-1][name]), name
     assert "gan" not in rows[0] and rows[0]["tokens_seen"] == 2 * 8 * 64  # images of 8 x 8 latents
-    for name in ("psnr", "l1", "kl", "loss", "psnr/1x16x16", "psnr/5x16x16"):
+    for name in ("psnr", "l1", "l2", "kl", "loss", "psnr/1x16x16", "psnr/5x16x16"):
         assert np.isfinite(rows[-1][f"heldout_{name}"]), name
     assert rows[-1]["heldout_unreadable"] == 0 and "heldout_psnr" not in rows[0]
     pair = (rows[-1]["heldout_psnr/1x16x16"], rows[-1]["heldout_psnr/5x16x16"])
@@ -159,6 +172,14 @@ def test_no_clip_is_large_enough(tmp_path):
     with pytest.raises(ConfigError, match="none of the 64 clips is as large as 9x16x16; they are 5x16x16 at most"):
         train.run(make_config(**{"clips.shapes": ((1, 16, 16, 8), (9, 16, 16, 4))}), str(tmp_path))
     assert not os.listdir(tmp_path)
+
+
+def test_heldout_clips_that_are_too_small_are_told_from_those_trained_on():
+    c = make_config(
+        **{"clips.shapes": ((9, 16, 16, 4),), "clips.weights": (), "clips.image_steps": 0, "train.eval_every": 3}
+    )
+    with pytest.raises(ConfigError, match="config.train.eval_every=3, on held-out clips: .* as large as 9x16x16"):
+        train_vae.heldout(SimpleNamespace(config=c, mesh=None))
 
 
 def test_lpips_without_its_extra_names_it(tmp_path, monkeypatch):

@@ -18,6 +18,15 @@ def test_round_trip(tmp_path):
     np.testing.assert_array_equal(got.params["a"]["kernel"], PARAMS["a"]["kernel"])
     assert got.digest == weights.digest("vae", {"x": [1, 2]}, weights.flatten(PARAMS))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["w"]
+    # Others may read them.
+    assert all(p.stat().st_mode & 0o044 == 0o044 for p in (tmp_path / "w").iterdir())
+
+
+def test_flatten_takes_shapes_too():
+    like = {"a": {"b": np.dtype(np.float32)}, "c": None}
+    assert weights.flatten(like) == {"a/b": np.dtype(np.float32), "c": None} and weights.nest({"a/b": 1}) == {
+        "a": {"b": 1}
+    }
 
 
 def test_the_digest_sees_every_bit(tmp_path):
@@ -52,8 +61,14 @@ def test_find(tmp_path):
     inside = str(tmp_path / "run" / "weights")
     assert weights.find(str(tmp_path / "run")) == weights.find(inside) == inside
     (tmp_path / "young" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="without weights/ yet"):
-        weights.find(str(tmp_path / "young"))
+    (tmp_path / "younger").mkdir()  # no checkpoint yet
+    (tmp_path / "younger" / "config.json").write_text('{"task": "vae"}')
+    for name in ("young", "younger"):
+        with pytest.raises(ConfigError, match=f"{name}/weights.json: .*a workdir without weights/"):
+            weights.find(str(tmp_path / name))
+    (tmp_path / "model.pth").write_bytes(b"")
+    with pytest.raises(ConfigError, match="model.pth: a file; expected a directory.*pickle.*never read"):
+        weights.find(str(tmp_path / "model.pth"))
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="vidgen import"):
@@ -71,7 +86,7 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(ConfigError, match="weights.safetensors: not a whole safetensors file"):
         weights.load(str(tmp_path / "w"))
     file.unlink()
-    with pytest.raises(ConfigError, match="weights.safetensors"):
+    with pytest.raises(ConfigError, match="weights.safetensors: no such file"):
         weights.load(str(tmp_path / "w"))
     (tmp_path / "w" / weights.JSON).write_text("[]")
     with pytest.raises(ConfigError, match="not what vidgen writes"):

@@ -342,7 +342,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         _fail(
-            "the device is out of memory: try fewer config.rows.count, config.model.remat=full, or more devices", name
+            "the device is out of memory: try fewer config.rows.count and config.model.remat=full; for a VAE, fewer "
+            "chunks in config.clips.shapes and config.vae.remat=True; or more devices",
+            name,
         )
     code = result.pop("exit", 0)
     if as_json:

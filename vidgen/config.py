@@ -257,7 +257,8 @@ def check(c: ConfigDict) -> None:
         least, most = RANGES.get(key, (-math.inf, math.inf))
         if isinstance(value, int | float) and not least <= value <= most:
             near = min(max(value, least), most) if value == value else least
-            raise ConfigError(f"config.{key}={value}: expected {least:g} to {most:g}; nearest: {near:g}")
+            wanted = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+            raise ConfigError(f"config.{key}={value}: expected {wanted}; nearest: {near:g}")
 
 
 def _leaves(c: ConfigDict, prefix: str = "") -> dict[str, Any]:

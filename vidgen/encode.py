@@ -26,7 +26,7 @@ from vidgen.data.clip import BadClip
 from vidgen.data.feed import cut, read_clip
 from vidgen.data.latents import EncodedClip, Layout
 from vidgen.data.progress import Progress
-from vidgen.data.shards import _disk_errors
+from vidgen.data.shards import disk_errors
 from vidgen.data.sources import Source, open_source
 from vidgen.tokenizers import base as tokenizers
 from vidgen.tokenizers.learned import LearnedTokenizer
@@ -142,7 +142,8 @@ def _complete(
 
     def stands(number: int) -> bool:
         path = latents.shard_path(out, number)
-        return path.exists() and (number >= len(sizes) or path.stat().st_size == sizes[number])
+        whole = path.exists() and path.with_suffix(".jsonl").exists()
+        return whole and (number >= len(sizes) or path.stat().st_size == sizes[number])
 
     total = max(passes, held) * layout.shards
     missing = [n for n in range(total) if not stands(n)]
@@ -190,10 +191,6 @@ def _encoded(
             return read_clip(source, clip, epoch)
         except BadClip as e:
             return e
-        except Exception as e:
-            raise ConfigError(
-                f"reading clip {source.name(clip)} (index {clip}, pass {epoch}) failed: {type(e).__name__}: {e}"
-            ) from e
 
     batches = list(_batches(clips.tolist(), layout.fitted, tokenizer))
     coming = [pool.submit(read, clip) for clip in batches[0]]
@@ -217,7 +214,7 @@ def _batches(clips: list[int], fitted: np.ndarray, tokenizer: LearnedTokenizer) 
     """Neighbours of one size, as many at once as keep the devices busy; of what is left, a quarter, a sixteenth, … as
     many, so that few shapes are compiled and nothing is encoded twice."""
     for (frames, height, width), run in itertools.groupby(clips, key=lambda clip: tuple(fitted[clip].tolist())):
-        chunk = min(frames, 1 + tokenizer.chunk(frames)) * height * width
+        chunk = min(frames, 1 + tokenizer.chunk(frames, height, width)) * height * width
         most = max(1, min(CHUNK_PIXELS // chunk, CLIP_PIXELS // (frames * height * width))) * jax.local_device_count()
         run = list(run)
         while run:
@@ -236,18 +233,18 @@ def _shard(path: Path) -> Iterator[Callable[[EncodedClip | BadClip, dict[str, An
     parts = [Path(f"{p}.part") for p in (index, path)]
     with parts[0].open("w", encoding="utf-8") as file:
         # Each record on its own, for random access; float32 of a VAE hardly compresses.
-        with _disk_errors():
+        with disk_errors():
             writer = ArrayRecordWriter(str(parts[1]), "group_size:1,uncompressed")
 
         def add(clip: EncodedClip | BadClip, row: dict[str, Any]) -> None:
-            with _disk_errors():
+            with disk_errors():
                 writer.write(latents.to_record(clip))
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
         try:
             yield add
         finally:
-            with _disk_errors():
+            with disk_errors():
                 writer.close()
     os.replace(parts[0], index)
     os.replace(parts[1], path)  # last: it says that the shard is whole

@@ -61,19 +61,18 @@ def run(
         raise ConfigError(f"--seed={seed}: expected 0 or more")
     config = read_config(workdir)
     suite = suite or _suite_of(config)
-    frames = settings.get("frames")
-    given = {
-        "reconstruction": {"tokenizer": tokenizers, "input": inputs, "clips": clips != 64, "nofvd": not fvd},
-        "": {"prompts": prompts != 144, "seed": seed, "step": step is not None}
-        | {name: value is not None for name, value in settings.items() if name != "frames"},
-    }["" if suite == "reconstruction" else "reconstruction"]
-    for flag in (name for name, value in given.items() if value):
+    if suite == "reconstruction":
+        ignored = {"prompts": prompts != 144, "seed": seed != 0, "step": step is not None}
+        ignored |= {name: value is not None for name, value in settings.items() if name != "frames"}
+    else:
+        ignored = {"tokenizer": tokenizers, "input": inputs, "clips": clips != 64, "nofvd": not fvd}
+    if flag := next((name for name, given in ignored.items() if given), ""):
         raise ConfigError(f"--{flag} has no meaning with --suite {suite}; leave it out")
     if suite == "reconstruction":
         from vidgen.evaluation import reconstruction
 
         results, pictures = reconstruction.run(
-            workdir, tokenizers=tokenizers, inputs=inputs, clips=clips, frames=frames or 0, with_fvd=fvd
+            workdir, tokenizers=tokenizers, inputs=inputs, clips=clips, frames=settings.get("frames") or 0, with_fvd=fvd
         )
         step = newest_step(workdir)
     else:

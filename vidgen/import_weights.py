@@ -42,10 +42,12 @@ def run(source: str, output: str, *, format: str = "diffusers") -> Result:
     """
     if format not in FORMATS:
         raise ConfigError(f"--format={format}: known are {', '.join(FORMATS)}")
-    if os.path.exists(os.path.join(source, weights.JSON)):
-        raise ConfigError(
-            f"{source}: has {weights.JSON}, so it is a weights directory of vidgen already; use it as it is"
-        )
+    for directory in (source, os.path.join(source, "weights")):
+        if os.path.exists(os.path.join(directory, weights.JSON)):
+            raise ConfigError(
+                f"{source}: {directory} has {weights.JSON}, so it is a weights directory of vidgen already; use it as "
+                "it is"
+            )
     with checkpoint.new_directory(output) as made:
         model = diffusers.read(source)
         kind, config = diffusers.CLASSES[model.name].kind, model.config.to_dict()

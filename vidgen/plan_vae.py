@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from vidgen.config import ConfigError
 from vidgen.parallel.mesh import AXES
-from vidgen.parallel.rules import audit, rules_of
+from vidgen.parallel.rules import audit, check_sharded, rules_of
 from vidgen.planning import aot
 from vidgen.planning.compiled import compile_for
 from vidgen.planning.hardware import Topology
 from vidgen.planning.layout import on, parse_mesh
 from vidgen.studio import plans
+from vidgen.tokenizers.vae import CausalVAE
 from vidgen.train_vae import useful_flops
-from vidgen.training import autoencoding
+from vidgen.training import autoencoding, optimizers
 from vidgen.training import program as programs
 from vidgen.training import state as states
+from vidgen.training.state import TrainState
 
 
 def run(config: ConfigDict, topology: Topology, mesh: str = "", abstract: bool = False) -> dict[str, Any]:
@@ -35,12 +39,18 @@ def run(config: ConfigDict, topology: Topology, mesh: str = "", abstract: bool =
     """
     sizes = dict.fromkeys(AXES, 1) | parse_mesh(mesh) if mesh else {axis: config.mesh[axis] for axis in AXES}
     config = on(config, topology, sizes)
+    autoencoding.check(config)  # of a mesh that was given, too
     shape = autoencoding.largest(config)
-    program = programs.build(config, autoencoding.mesh(config, aot.devices(topology)))
-    own = dict(program.mesh.shape)
-    flops = useful_flops(program.task.model, shape)
-    state = audit(program.state_like.replace(frozen=None), own, rules_of(config.mesh))
-    parameters = states.count(program.state_like.params["vae"])
+    own = {axis: config.mesh[axis] for axis in AXES}
+    if abstract:
+        vae, like = state_of(config)
+    else:
+        program = programs.build(config, autoencoding.mesh(config, aot.devices(topology)))
+        vae, like = program.task.model, program.state_like.replace(frozen=None)
+    flops = useful_flops(vae, shape)
+    state = audit(like, own, rules_of(config.mesh))
+    check_sharded(state, own, config.mesh.rules)
+    parameters = states.count(like.params["vae"])
     bound = flops / (topology.chip.flops * topology.devices)
     facts = {
         "topology": topology.text,
@@ -62,8 +72,25 @@ def run(config: ConfigDict, topology: Topology, mesh: str = "", abstract: bool =
     found = compile_for(topology, own, program.step, arguments, program.compiler_options)
     print(plans.compiled(found), flush=True)
     if not found.fits:
-        print("\n  it would want a larger mesh.context, fewer chunks a step, or vae.remat=True where it is not")
+        remat = "" if config.vae.remat else ", or config.vae.remat=True"
+        print(f"\n  it would want a larger mesh.context or fewer chunks a step{remat}")
     return facts | found.facts()
+
+
+def state_of(config: ConfigDict) -> tuple[CausalVAE, TrainState]:
+    """(the VAE, the shapes of what trains it) on the config's mesh, whose devices nobody has to know.
+
+    Raises ConfigError where chunks don't divide over the mesh.
+    """
+    sizes = tuple(config.mesh[axis] for axis in AXES)
+    task = autoencoding.task(config, AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
+    optimizer = optimizers.from_config(config)
+
+    def init() -> TrainState:
+        params, aux = task.init(jax.random.key(config.seed))
+        return states.create(params, optimizer, aux)
+
+    return task.model, jax.eval_shape(init)
 
 
 def refuse(mode: str, tokens: float, price: float | None) -> None:

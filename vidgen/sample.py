@@ -32,7 +32,6 @@ from vidgen.parallel import processes
 from vidgen.parallel.mesh import ROW_AXES, ROWS, batch_shardings, make_mesh
 from vidgen.parallel.rules import rules_of, tree_shardings
 from vidgen.studio import media
-from vidgen.tokenizers.base import Tokenizer
 from vidgen.training.checkpoint import Checkpoints, read_config
 
 CLIPS_AT_ONCE = 32
@@ -129,7 +128,7 @@ def load(workdir: str, step: int | None = None) -> tuple[ConfigDict, Generator, 
         step = found[-1] if step is None else step
         if step not in found:
             raise ConfigError(f"{workdir}/checkpoints: no step {step}; there are {', '.join(map(str, found))}")
-        check_tokenizer(generator.tokenizer, checkpoints.facts(step), config.tokenizer.weights)
+        check_tokenizer(generator.tokenizer.digest, checkpoints.facts(step), config.tokenizer.weights)
         like = jax.eval_shape(lambda: generator.init(jax.random.key(0), generators.example(config)))
         one = SingleDeviceSharding(jax.devices()[0])
         places = tree_shardings(like, mesh, rules_of(config.mesh)) if mesh else jax.tree.map(lambda _: one, like)
@@ -139,12 +138,12 @@ def load(workdir: str, step: int | None = None) -> tuple[ConfigDict, Generator, 
         checkpoints.close()
 
 
-def check_tokenizer(tokenizer: Tokenizer, facts: dict[str, Any], weights: str) -> None:
-    """Raises ConfigError if `facts` of a checkpoint name another VAE than the one that is there now."""
-    trained = facts.get("tokenizer", tokenizer.digest)
-    if trained != tokenizer.digest:
+def check_tokenizer(digest: str, facts: dict[str, Any], weights: str) -> None:
+    """Raises ConfigError if `facts` of a checkpoint name another VAE than `digest`, the one at `weights` now."""
+    trained = facts.get("tokenizer", digest)
+    if trained != digest:
         raise ConfigError(
-            f"config.tokenizer.weights={weights}: VAE {tokenizer.digest}, but the checkpoint was trained on latents "
+            f"config.tokenizer.weights={weights}: VAE {digest or 'none'}, but the checkpoint was trained on latents "
             f"of {trained or 'none'}; put that one's weights back there"
         )
 

@@ -17,9 +17,8 @@ import jax
 from ml_collections import ConfigDict
 
 from vidgen import config as configs
-from vidgen import train_denoiser, train_vae
+from vidgen import sample, train_denoiser, train_vae
 from vidgen.config import ConfigError, to_json
-from vidgen.data.sources import Source
 from vidgen.parallel import processes
 from vidgen.planning.hardware import peak_flops
 from vidgen.studio import media
@@ -75,7 +74,7 @@ def _run(config: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Resul
 
     changed = _claim(workdir, config, stack)
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.train.keep)))
-    state, facts = begin(program, course.source, checkpoints)
+    state, facts = begin(program, course, checkpoints)
     start = int(state.step)
     progress = stack.enter_context(contextlib.closing(Progress(total, start, sys.stderr if lead else io.StringIO())))
     if start >= total:
@@ -169,8 +168,10 @@ def check(config: ConfigDict) -> None:
 
 def _settled(config: ConfigDict) -> ConfigDict:
     """A copy that says all: the workdir is to be of use from anywhere, and later pictures show the same."""
-    source = config.data.source
-    config = configs.override(config, {"data.source": os.path.abspath(source)} if os.path.isdir(source) else {})
+    paths = {"tokenizer.weights": config.tokenizer.weights, "data.latents": config.data.latents}
+    if os.path.isdir(config.data.source):
+        paths["data.source"] = config.data.source
+    config = configs.override(config, {key: os.path.abspath(path) for key, path in paths.items() if path})
     COURSES[config.task].settle(config)
     return config
 
@@ -188,21 +189,23 @@ def _claim(workdir: str, config: ConfigDict, stack: contextlib.ExitStack) -> lis
     return changed
 
 
-def begin(program: Program, source: Source, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+def begin(program: Program, course: Course, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
     """(state, facts that checkpoints keep): made or restored straight into the shardings of the program.
 
-    Raises ConfigError if the newest checkpoint was trained on other clips.
+    Raises ConfigError if the newest checkpoint was trained on other clips, or on latents of another VAE.
     """
+    own = {"fingerprint": course.source.fingerprint, "tokenizer": course.tokenizer}
     latest = processes.agree(checkpoints.latest)  # listings of a shared disk may differ for a moment
     if latest is None:
-        return program.init(), {"fingerprint": source.fingerprint, "tokens_seen": 0.0}
+        return program.init(), own | {"tokens_seen": 0.0}
     facts = checkpoints.facts(latest)
-    if facts["fingerprint"] != source.fingerprint:
+    sample.check_tokenizer(course.tokenizer, facts, program.config.tokenizer.weights)
+    if facts["fingerprint"] != own["fingerprint"]:
         raise ConfigError(
             f"config.data.source={program.config.data.source}: not the clips that the checkpoint at step {latest} was "
             "trained on, so the run can't go on exactly; take another --workdir, or the clips as they were"
         )
-    return checkpoints.restore(latest, program.state_like).replace(frozen=program.frozen()), facts
+    return checkpoints.restore(latest, program.state_like).replace(frozen=program.frozen()), facts | own
 
 
 def _due(n: int, every: int, last: int = 0) -> bool:

@@ -10,8 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vidgen import sample
-from vidgen.data import feed
-from vidgen.data.latents import open_clips
+from vidgen.data import feed, latents
 from vidgen.data.packing import Packing
 from vidgen.data.sources import Source
 from vidgen.evaluation.heldout import heldout_loss
@@ -38,10 +37,11 @@ def course(program: Program) -> Course:
     """Raises ConfigError for clips that can't be found or don't fit."""
     config, mesh = program.config, program.mesh
     tokenizer = program.generator.tokenizer
-    source = open_clips(config, tokenizer)
+    source = latents.open_clips(config, tokenizer)
     packing = Packing(source.sizes, tokenizer.geometry, config.rows, config.seed)
     return Course(
         source=source,
+        tokenizer=tokenizer.digest,
         batches=lambda start: feed.batches(source, packing, tokenizer, config, start, mesh),
         introduce=lambda start: introduce(program, source, packing, start),
         heldout=heldout_loss(config, program.generator, mesh) if config.train.eval_every else None,
@@ -59,7 +59,7 @@ def introduce(program: Program, source: Source, packing: Packing, start: int) ->
     features = program.generator.tokenizer.geometry.features
     flops = step_flops(config, features, pairs.full, pairs.text, pairs.crossed, pairs.windowed)
     lines = [f"{len(source.sizes)} clips, {packing.steps_per_epoch} steps a pass: {stats}"]
-    lines += feed.notes(source, packing, program.generator.tokenizer, config)
+    lines += latents.notes(source, packing, program.generator.tokenizer, config)
     if config.train.eval_every and config.data.source != "moving_shapes" and not config.data.holdout:
         lines.append("config.data.holdout is 0: the held-out loss is of clips that are trained on")
     return Introduction(

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from vidgen import weights
+from vidgen.config import ConfigError
 from vidgen.data import chunks
 from vidgen.data.chunks import Chunks, Shape
 from vidgen.data.clip import BadClip
@@ -52,6 +53,7 @@ def course(program: Program) -> Course:
     plan = Chunks(source.sizes, config.clips, shapes(config), config.seed)
     return Course(
         source=source,
+        tokenizer="",
         batches=lambda start: chunks.batches(source, plan, config.data, start, mesh),
         introduce=lambda start: introduce(program, source, plan, start),
         heldout=heldout(program) if config.train.eval_every else None,
@@ -101,15 +103,18 @@ def useful_flops(vae: CausalVAE, shape: Shape) -> float:
 
 
 def heldout(program: Program) -> Any:
-    """averaged weights → {"heldout_psnr", "heldout_l1", "heldout_kl", "heldout_loss", "heldout_unreadable"}, and
-    "heldout_psnr/17x64x64" where there are several shapes.
+    """averaged weights → {"heldout_psnr", "heldout_l1", "heldout_l2", "heldout_kl", "heldout_loss",
+    "heldout_unreadable"}, and "heldout_psnr/17x64x64" where there are several shapes.
 
     The same `train.eval_rows` chunks of each shape every time, rounded up to whole batches, of clips that are held out
     from training, decoded from the latents' mean; each shape counts alike. All processes call it.
     """
     config, mesh = program.config, program.mesh
     source = open_source(config.data, "heldout")
-    plans = [Chunks(source.sizes, configured(config, shape), [shape], config.seed + 1) for shape in shapes(config)]
+    try:
+        plans = [Chunks(source.sizes, configured(config, shape), [shape], config.seed + 1) for shape in shapes(config)]
+    except ConfigError as e:
+        raise ConfigError(f"config.train.eval_every={config.train.eval_every}, on held-out clips: {e}") from None
     vae, c = program.task.model, config.reconstruction
     sums = _whole(program, lambda params, batch: reconstruction.heldout_sums(vae, params, batch, c))
 
@@ -155,7 +160,6 @@ def publisher(program: Program, source: Source, plan: Chunks) -> Any:
     """
     vae, mesh = program.task.model, program.mesh
     sums = _whole(program, lambda params, batch: reconstruction.latent_sums(vae, params, batch))
-    gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
     first = program.config.clips.image_steps  # the steps after that are what the run is for
 
     def publish(params: Any, workdir: str) -> dict[str, Any]:
@@ -169,12 +173,18 @@ def publisher(program: Program, source: Source, plan: Chunks) -> Any:
         shape = dataclasses.replace(
             vae.config, latents_mean=tuple(map(float, mean)), latents_std=tuple(map(float, std))
         )
-        whole = gather(params["vae"])
+        whole = _gather(mesh)(params["vae"])
         if processes.is_lead():
             weights.save(os.path.join(workdir, "weights"), "vae", shape.to_dict(), jax.device_get(whole))
         return {"latents_mean": list(shape.latents_mean), "latents_std": list(shape.latents_std)}
 
     return publish
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Any:
+    """arrays → the same, whole on every device; all processes call it."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
 
 def draw(program: Program, params: Any, n: int, workdir: str, writer: MetricWriter | None) -> None:
@@ -183,7 +193,7 @@ def draw(program: Program, params: Any, n: int, workdir: str, writer: MetricWrit
     As large as they are, up to the VAE's multiples; the first process does it alone.
     """
     config, vae = program.config, program.task.model
-    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(program.mesh, P()))(params)
+    whole = _gather(program.mesh)(params)
     if writer is None:
         return
     own = jax.device_put(jax.device_get(whole), jax.local_devices()[0])

@@ -19,6 +19,7 @@ import numpy as np
 from vidgen.config import ConfigError
 
 JSON, TENSORS = "weights.json", "weights.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # names that they go by
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class Weights:
 
 
 def save(directory: str, kind: str, config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-    """Writes a directory of weights, whole or not at all, in place of what was there of the same kind.
+    """Writes a directory of weights, whole or not at all, in place of weights that were there.
 
     Raises ConfigError where it can't be written, or where the directory holds something else.
     """
@@ -83,10 +84,10 @@ def describe(directory: str, kind: str = "") -> dict[str, Any]:
             about = json.load(f)
         found = about["kind"], dict(about["config"])
     except OSError as e:
-        hint = ""
-        if os.path.exists(os.path.join(directory, "config.json")):
-            hint = f"; weights of diffusers become one by: vidgen import --format diffusers {directory} --output OUT"
-        raise ConfigError(f"{path}: {e.strerror or e}; expected a directory of weights{hint}") from None
+        if os.path.isfile(directory):
+            hint = "; a pickle can run code and is never read" if directory.lower().endswith(PICKLES) else ""
+            raise ConfigError(f"{directory}: a file; expected a directory with {JSON} and {TENSORS}{hint}") from None
+        raise ConfigError(f"{path}: {e.strerror or e}; expected a directory of weights{_hint(directory)}") from None
     except (ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"{path}: not what vidgen writes ({e})") from None
     if kind and found[0] != kind:
@@ -99,10 +100,22 @@ def find(path: str) -> str:
     for directory in (path, os.path.join(path, "weights")):
         if os.path.exists(os.path.join(directory, JSON)):
             return directory
-    if os.path.isdir(os.path.join(path, "checkpoints")):
-        raise ConfigError(f"{path}: a workdir without weights/ yet; a run with task=vae writes it at each checkpoint")
     describe(path)  # says what is missing
     raise ConfigError(f"{path}: no weights there")
+
+
+def _hint(directory: str) -> str:
+    """What a directory without weights is instead, and what to do about it."""
+    try:
+        with open(os.path.join(directory, "config.json"), encoding="utf-8") as f:
+            workdir = '"task"' in f.read()  # of a run's settings; diffusers has no such key
+    except (OSError, ValueError):
+        workdir = None
+    if workdir or os.path.isdir(os.path.join(directory, "checkpoints")):
+        return ", and this is a workdir without weights/; a run with task=vae writes it at each checkpoint"
+    if workdir is None:
+        return ""
+    return f"; weights of diffusers become one by: vidgen import --format diffusers {directory} --output OUT"
 
 
 def digest(kind: str, config: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> str:
@@ -115,14 +128,11 @@ def digest(kind: str, config: Mapping[str, Any], flat: Mapping[str, np.ndarray])
     return h.hexdigest()[:16]
 
 
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
-    """Nested dicts → {"a/b/c": array}."""
-    flat: dict[str, np.ndarray] = {}
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts → {"a/b/c": leaf}; leaves, arrays or only their shapes, stay what they are."""
+    flat: dict[str, Any] = {}
     for name, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = np.asarray(value)
+        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
 
 
@@ -147,13 +157,19 @@ def read_safetensors(path: str) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except OSError as e:
-        raise ConfigError(f"{path}: {e.strerror or e}; expected a safetensors file") from None
+        missing = isinstance(e, FileNotFoundError)
+        raise ConfigError(f"{path}: {'no such file' if missing else e}; expected a safetensors file") from None
     except SafetensorError as e:
         raise ConfigError(f"{path}: not a whole safetensors file ({e})") from None
 
 
 def write_safetensors(path: str, flat: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Writes arrays as a safetensors file; raises OSError."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(value) for name, value in flat.items()}, path, metadata=metadata)
+    try:
+        save_file({name: np.ascontiguousarray(value) for name, value in flat.items()}, path, metadata=metadata)
+    except SafetensorError as e:  # a full disk, say
+        raise OSError(f"{path}: {e}") from None
+    os.chmod(path, 0o644)  # its own are private

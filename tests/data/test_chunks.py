@@ -98,6 +98,8 @@ def test_cuts_lie_inside_the_clip_and_differ():
 
 def test_a_chunk_holds_the_pixels_of_its_cut():
     source, p = plan(((5, 8, 16, 3),))
+    alone, _ = chunks.read_chunk(source, p.step(11)[0], p.shape(11))
+    assert alone.base is None  # and does not keep the whole clip in memory
     batch, bad = chunks.host_chunks(source, p, 11)
     assert not bad and batch.video.shape == (3, 5, 8, 16, 3) and batch.video.dtype == np.uint8
     for video, clip, cut in zip(batch.video, batch.clip, p.step(11), strict=True):

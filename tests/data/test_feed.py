@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from vidgen.config import ConfigError, base
 from vidgen.data.clip import BadClip, Clip, ClipSizes
-from vidgen.data.feed import batch_like, batches, counted_rows, host_rows, local_rows
+from vidgen.data.feed import batch_like, batches, host_rows
+from vidgen.data.hosts import counted_rows, local_rows
 from vidgen.data.packing import Packing
 from vidgen.data.text import BEGIN, VOCAB, encode_text
 from vidgen.geometry import Geometry, from_blocks

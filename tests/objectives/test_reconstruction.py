@@ -24,7 +24,7 @@ quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization
 
 def settings(**changes):
     c = configs.base().reconstruction
-    c.update(gan_dim=4, gan_layers=1, lpips_frames=2, kl=1e-2)
+    c.update(gan_dim=4, gan_layers=1, lpips_frames=2, l2=0.5, kl=1e-2)
     c.update(changes)
     return c
 
@@ -78,19 +78,20 @@ def by_hand(vae, params, batch, c):
     x, y, mean, logvar, _ = forward(vae)(params, batch.video, row_keys(0, np.int32(0), 3))
     l1 = jnp.abs(y - x)[:2].mean()
     kl = (0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar))[:2].mean()
-    return c.l1 * l1 + c.kl * kl, (l1, kl)
+    l2 = jnp.square(y - x)[:2].mean()
+    return c.l1 * l1 + c.l2 * l2 + c.kl * kl, (l1, l2, kl)
 
 
-def test_the_gradient_is_that_of_l1_and_kl_over_what_could_be_read(world):
+def test_the_gradient_is_that_of_l1_l2_and_kl_over_what_could_be_read(world):
     vae, _, params, _, batch = world
     c = settings()
     (value, (aux, sums)), grads = run(world)
     function = quickly(jax.value_and_grad(lambda p: by_hand(vae, p, batch, c), has_aux=True))
-    (expected, (l1, kl)), expected_grads = function(params["vae"])
+    (expected, parts), expected_grads = function(params["vae"])
     weight = float(reconstruction.weight_of(vae)(batch).sum())
     assert weight == 2 * LATENTS and aux is None
     np.testing.assert_allclose(value / weight, expected, rtol=1e-5)
-    np.testing.assert_allclose([sums["l1"] / weight, sums["kl"] / weight], [l1, kl], rtol=1e-5)
+    np.testing.assert_allclose([sums[name] / weight for name in ("l1", "l2", "kl")], parts, rtol=1e-5)
     norm = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected_grads))
     for a, b in zip(jax.tree.leaves(grads["vae"]), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(a / weight, b, atol=1e-5 * norm, rtol=1e-4)
@@ -106,7 +107,8 @@ def test_critics_pull_as_hard_as_the_reconstruction_at_the_last_kernel(world):
     np.testing.assert_allclose(np.linalg.norm(kernel - alone) / np.linalg.norm(alone), 0.5, rtol=0.02)
     assert sums["gan_weight"] > 0 and np.isfinite(value)
     # The figure is the VAE's own; the critics' loss is logged beside it.
-    np.testing.assert_allclose(value, sums["l1"] + settings().kl * sums["kl"], rtol=1e-6)
+    own = sum(settings()[name] * sums[name] for name in ("l1", "l2", "kl"))
+    np.testing.assert_allclose(value, own, rtol=1e-6)
     assert any(np.any(g) for g in jax.tree.leaves(grads["critics"]["image"]))
     assert any(np.any(g) for g in jax.tree.leaves(grads["critics"]["video"]))
     assert jax.tree.structure(aux) == jax.tree.structure(vectors)
@@ -176,7 +178,8 @@ def test_psnr_and_heldout_sums(world):
     x, *_, y = forward(vae)(params["vae"], batch.video, row_keys(0, np.int32(0), 3))
     assert sums["chunks"] == 2
     np.testing.assert_allclose(sums["l1"], 2 * np.abs(y - x)[:2].mean(), rtol=1e-4)
-    np.testing.assert_allclose(sums["loss"], sums["l1"] + c.kl * sums["kl"], rtol=1e-5)
+    np.testing.assert_allclose(sums["l2"], 2 * np.square(y - x)[:2].mean(), rtol=1e-4)
+    np.testing.assert_allclose(sums["loss"], sum(c[name] * sums[name] for name in ("l1", "l2", "kl")), rtol=1e-5)
 
 
 def test_latent_sums_are_moments_of_what_is_drawn(world):
@@ -196,7 +199,7 @@ def test_lpips_joins_the_gradient(world):
     from vidgen.objectives import lpips
 
     weights = lpips.load()
-    c = settings(kl=0.0, l1=0.0, lpips=1.0, lpips_frames=0)
+    c = settings(kl=0.0, l1=0.0, l2=0.0, lpips=1.0, lpips_frames=0)
     small = VideoBatch(batch.video[:2, :1], batch.clip[:2])
     keys = row_keys(0, np.int32(0), 2)
     loss = jax.value_and_grad(reconstruction.loss_of(vae, c), has_aux=True)
@@ -232,7 +235,7 @@ def test_hinge_and_patches():
 def test_settings_that_mean_nothing():
     shapes = [Shape(5, 8, 32, 2)]
     with pytest.raises(ConfigError, match="l1, l2 and lpips are all 0"):
-        reconstruction.check(settings(l1=0.0), shapes)
+        reconstruction.check(settings(l1=0.0, l2=0.0), shapes)
     with pytest.raises(ConfigError, match="frames of 5x8x32 are too small for LPIPS; expected 16x16"):
         reconstruction.check(settings(lpips=1.0), shapes)
-    reconstruction.check(settings(), shapes)
+    reconstruction.check(settings(l1=0.0), shapes)

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from vidgen import config as configs
 from vidgen import train
-from vidgen.data import feed
+from vidgen.data import feed, hosts
 from vidgen.data.packing import Packing
 from vidgen.data.sources import open_source
 from vidgen.objectives import flow
@@ -39,7 +39,7 @@ def clips(config, count, **axes):
     expected = jax.tree.leaves(feed.host_rows(source, packing, tokenizer, config, 0))
     for a, b in zip(whole, expected, strict=True):
         np.testing.assert_array_equal(a, b)
-    return ids, feed.counted_rows(mesh, config.rows.count)
+    return ids, hosts.counted_rows(mesh, config.rows.count)
 
 
 def noise(config, count):

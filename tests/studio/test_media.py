@@ -99,3 +99,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="No space left on device"):
         media.write(str(tmp_path / "a.bin"), b"new")
     assert (tmp_path / "a.bin").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_bytes_are_the_nearest_and_clipped():
+    video = np.array([-2.0, -1.0, -1 + 0.6 / 127.5, 0.0, 1.0, 3.0], np.float32)
+    assert media.to_u8(video).tolist() == [0, 0, 1, 128, 255, 255]
+    every = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(media.to_u8(every / np.float32(127.5) - 1), every)

@@ -9,7 +9,7 @@ import pytest
 
 from vidgen import config
 from vidgen.config import ConfigError
-from vidgen.studio import media, page, plots, report
+from vidgen.studio import media, page, plots, report, workdirs
 from vidgen.training import metrics
 
 EVIL = "a red <script>alert('x')</script> & \"circle\"\x07 \u202e"
@@ -27,7 +27,7 @@ class Parsed(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
-        if tag not in ("meta", "img", "input", "line", "circle", "polyline", "br"):
+        if tag not in ("meta", "img", "input", "br"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -75,6 +75,35 @@ def render(workdir) -> tuple[str, Parsed]:
     parsed = Parsed(text)
     assert not parsed.open
     return text, parsed
+
+
+def test_a_run_of_a_vae(tmp_path):
+    run = make(tmp_path / "vae", task="vae")
+    log(run, [(s, {"loss": 1 / s, "heldout_psnr": 20.0 + s / 100}) for s in (100, 200)])
+    draw(run, 200, ["clip 0: 31.5 dB"])
+    about = {"prompts": ["clip 0: 31.5 dB"], "columns": ["original", "reconstruction", "error x 4"], "left_out": ["b"]}
+    (run / "samples" / "00000200" / "prompts.json").write_text(json.dumps(about))
+    (run / "chunks.json").write_text('{"shapes": [], "clips": 7}')
+    judge(
+        run, "reconstruction.json", psnr=31.25, lpips=None, tokenizers={"vae": {}}, notes=["n"], per_clip={}, step=200
+    )
+    row = {"tokenizer": "mine", "dataset": "d", "kind": "vae", "stride": [4, 8, 8], "psnr": 31.25,
+           "pixel_values_per_latent_value": 24.0}  # fmt: skip
+    judge(run, "compression.json", rows=[row])
+    text, parsed = render(run)
+    for expected in (
+        "held-out PSNR",
+        "22.00 dB",
+        "original, reconstruction, error x 4 from left to right · 1 clips left out",
+        "PSNR of held-out clips, dB",
+        "Quality against compression",
+        "psnr 31.25",
+        "Chunks",
+    ):
+        assert expected in parsed.text, expected
+    assert "lpips None" not in parsed.text and "mine 31.2" in text
+    (run / "evaluation" / "compression.json").write_text("{")
+    assert "compression.json: " in render(run)[1].text
 
 
 def test_a_whole_run(tmp_path):
@@ -178,7 +207,7 @@ def test_a_large_gif_gives_way_to_its_mp4(tmp_path, monkeypatch):
     draw(run, 1, ["a"], "grid.gif")
     draw(run, 1, ["a"], "grid.mp4")
     assert "data:image/gif" in render(run)[0]
-    monkeypatch.setattr(report, "CLIP_BYTES", 10)
+    monkeypatch.setattr(workdirs, "CLIP_BYTES", 10)
     text, parsed = render(run)
     assert "data:video/mp4" in text and "data:image/gif" not in text and "video" in parsed.tags
 

@@ -1,5 +1,7 @@
 """A VAE as a tokenizer: the feed's moments, the step's draws, decoding, and what is refused."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vidgen import config as configs
-from vidgen import sample, weights
+from vidgen import sample, train, weights
 from vidgen.config import ConfigError
 from vidgen.data import feed, latents
 from vidgen.data.clip import BadClip
@@ -21,6 +23,7 @@ from vidgen.objectives import flow
 from vidgen.parallel.mesh import AXES
 from vidgen.tokenizers import base
 from vidgen.tokenizers.vae import CausalVAE, VAEConfig
+from vidgen.training.checkpoint import write_config
 from vidgen.training.step import row_keys
 
 MEAN, STD = (0.1, -0.2, 0.3, 0.0), (0.5, 0.25, 1.0, 2.0)
@@ -176,9 +179,11 @@ def test_chunk_shapes_are_few_and_told(config):
     tokenizer, source, packing = setup(config)
     (said,) = latents.notes(source, packing, tokenizer, config)
     assert tokenizer.digest in said and "2 chunk shapes: 1x16x16, 5x16x16" in said
-    lengths = [(1 + 2 * k, 16, 16) for k in range(100)]
-    assert len(tokenizer.chunk_shapes(np.array(lengths))) <= 17
-    assert all(frames == 1 or (frames - 1) % tokenizer.chunk(frames) == 0 for frames, _, _ in lengths)
+    for side, most in ((16, 16), (256, 4)):  # small pictures go through in longer chunks
+        sizes = [(1 + 2 * k, side, side) for k in range(100)]
+        assert len(tokenizer.chunk_shapes(np.array(sizes))) <= 1 + most
+        chunks = [tokenizer.chunk(*size) for size in sizes]
+        assert max(chunks) == most and all((t - 1) % n == 0 for (t, _, _), n in zip(sizes, chunks, strict=True))
     config.data.moving_shapes.sizes = tuple((1, 16, 16 + 8 * k) for k in range(17))
     config.rows.tokens = 256
     tokenizer, source, packing = setup(config)
@@ -219,10 +224,34 @@ def test_loss_heldout_loss_and_samples(config):
 
 def test_a_checkpoint_knows_its_vae(config):
     tokenizer, *_ = setup(config)
-    sample.check_tokenizer(tokenizer, {"tokenizer": tokenizer.digest}, "runs/vae")
-    sample.check_tokenizer(tokenizer, {}, "runs/vae")  # of before there were any
+    sample.check_tokenizer(tokenizer.digest, {"tokenizer": tokenizer.digest}, "runs/vae")
+    sample.check_tokenizer(tokenizer.digest, {}, "runs/vae")  # of before there were any
     with pytest.raises(ConfigError, match=f"runs/vae: VAE {tokenizer.digest}, but .* of 0123"):
-        sample.check_tokenizer(tokenizer, {"tokenizer": "0123"}, "runs/vae")
+        sample.check_tokenizer(tokenizer.digest, {"tokenizer": "0123"}, "runs/vae")
+
+
+def test_a_run_goes_on_with_its_vae_alone(config, directory, tmp_path, monkeypatch):
+    tokenizer, source, _ = setup(config)
+    course = SimpleNamespace(source=source, tokenizer=tokenizer.digest)
+    state = SimpleNamespace(replace=lambda frozen: "restored")
+    program = SimpleNamespace(config=config, init=lambda: "new", state_like=None, frozen=lambda: None)
+
+    def begin(latest, facts):
+        kept = SimpleNamespace(latest=latest, facts=lambda step: facts, restore=lambda step, like: state)
+        return train.begin(program, course, kept)
+
+    made, facts = begin(None, {})
+    assert made == "new" and facts["tokenizer"] == tokenizer.digest
+    assert begin(3, facts) == ("restored", facts)
+    with pytest.raises(ConfigError, match=f"VAE {tokenizer.digest}, but the checkpoint was trained on latents of 0123"):
+        begin(3, facts | {"tokenizer": "0123"})
+    # Where its weights and a cache of its latents lie may change; a workdir keeps whole paths.
+    monkeypatch.chdir(tmp_path)
+    write_config(str(tmp_path / "run"), config)
+    config = configs.override(config, {"tokenizer.weights": "moved", "data.latents": "cache"})
+    settled = train._settled(config)
+    assert settled.tokenizer.weights == str(tmp_path / "moved") and settled.data.latents == str(tmp_path / "cache")
+    assert write_config(str(tmp_path / "run"), settled) == ["data.latents", "tokenizer.weights"]
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
 import jax
 import numpy as np
 import pytest
+from optax.contrib import MuonDimensionNumbers
 
 from vidgen import config as configs
 from vidgen.config import ConfigError
 from vidgen.data import chunks
 from vidgen.data.chunks import Chunks
 from vidgen.data.sources import open_source
-from vidgen.training import autoencoding
+from vidgen.parallel.mesh import path_name
+from vidgen.training import autoencoding, optimizers
 from vidgen.training import program as programs
 from vidgen.training.program import build, check
 
@@ -102,11 +104,44 @@ def test_without_critics_there_are_none():
     assert program.batch_like.video.shape == (4, 3, 16, 16, 3) and len(program.steps) == 1
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_muon_takes_the_convolutions_inside_the_levels_and_nothing_else(residual):
+    config = make_config(**{"reconstruction.gan": 0.5, "vae.residual": residual, "vae.base_dim": 2})
+    task = autoencoding.task(config, autoencoding.mesh(config, jax.devices()[:1]))
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    found = jax.tree_util.tree_leaves_with_path(
+        optimizers.muon_dimensions(params), is_leaf=lambda d: d is None or isinstance(d, MuonDimensionNumbers)
+    )
+    arrays = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    found = {path_name(path): d for path, d in found}
+    assert found.keys() == arrays.keys()
+    levels = ("vae/encoder/down_blocks", "vae/encoder/mid_block", "vae/decoder/mid_block", "vae/decoder/up_blocks")
+    for name, d in found.items():
+        if name.startswith(levels) and name.endswith("kernel"):
+            last = arrays[name].ndim - 1
+            assert d == MuonDimensionNumbers(reduction_axis=tuple(range(last)), output_axis=last), name
+        else:
+            assert d is None, name
+    sizes = {arrays[name].ndim for name, d in found.items() if d}
+    assert sizes == {4, 5} and {"critics", "vae"} == {name.split("/")[0] for name, d in found.items() if not d}
+
+
+def test_muon_makes_an_update_orthogonal_as_windows_and_inputs_by_outputs():
+    draw = np.random.default_rng(0)
+    gradient = draw.normal(size=(3, 3, 3, 4, 8)) * np.geomspace(1, 10, 8)
+    tree = {"vae": {"decoder": {"mid_block": {"resnets_0": {"conv1": {"kernel": gradient.astype(np.float32)}}}}}}
+    optimizer = optimizers.from_config(make_config(**{"optimizer.name": "muon", "optimizer.weight_decay": 0.0}))
+    updates, _ = optimizer.update(tree, optimizer.init(tree), tree)
+    before, after = (
+        np.linalg.svd(jax.tree.leaves(x)[0].reshape(-1, 8), compute_uv=False) for x in (tree, jax.device_get(updates))
+    )
+    assert before.max() / before.min() > 8 and after.max() / after.min() < 2  # five iterations: 1, nearly
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"task": "vea"}, "config.task='vea': known are denoiser, vae; did you mean vae"),
-        ({"optimizer.name": "muon"}, "expected adamw"),
         ({"mesh.tensor": 2}, "config.mesh.tensor=2: a VAE has no axis of that kind"),
         ({"vae.temporal_downsample": (True, True)}, "temporal_downsample"),
         ({"clips.shapes": ((4, 16, 16, 4),)}, "nearest: 3x16x16"),

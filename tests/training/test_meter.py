@@ -3,7 +3,7 @@
 import pytest
 
 from vidgen.config import ConfigError
-from vidgen.data.feed import FeedInfo
+from vidgen.data.stream import FeedInfo
 from vidgen.training.meter import Meter
 
 

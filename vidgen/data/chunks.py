@@ -10,12 +10,11 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -23,10 +22,11 @@ from ml_collections import ConfigDict
 from vidgen.batch import VideoBatch
 from vidgen.config import ConfigError
 from vidgen.data.clip import BadClip, ClipSizes
-from vidgen.data.feed import FeedInfo, counted_rows, local_rows, read_clip
+from vidgen.data.feed import read_clip
+from vidgen.data.hosts import BadClips, Unreadable, counted_rows, local_rows, placed
 from vidgen.data.order import mix, permute
 from vidgen.data.sources import Source
-from vidgen.data.stream import Stream
+from vidgen.data.stream import Item, Stream
 from vidgen.geometry import Geometry, Grid
 from vidgen.parallel.mesh import ROW_AXES, ROWS
 
@@ -164,13 +164,13 @@ class Chunks:
         early = np.where(images, weights, 0.0) if (weights * images).any() else images.astype(np.float64)
         self._images = c.image_steps
         self._phases = tuple(_deal(w) if w.any() else None for w in (early, weights))
+        self._cycle = functools.lru_cache(maxsize=16)(self._dealt)
 
     def _place(self, step: int) -> tuple[int, int]:
         """(phase, steps of it before this one)."""
         return (0, step) if step < self._images else (1, step - self._images)
 
-    @functools.lru_cache(maxsize=16)  # noqa: B019 - as long as the object lives
-    def _cycle(self, phase: int, number: int) -> np.ndarray:
+    def _dealt(self, phase: int, number: int) -> np.ndarray:
         """Which shape each step of a cycle has, [CYCLE]."""
         return self._phases[phase][permute(np.arange(CYCLE), CYCLE, self._seed, _DEAL, phase, number)]
 
@@ -227,23 +227,21 @@ def _deal(weights: np.ndarray) -> np.ndarray:
 
 
 def read_chunk(source: Source, cut: Cut, shape: Shape) -> tuple[np.ndarray, str]:
-    """([T,H,W,3] u8, ""), or (black, why the clip could not be read); raises ConfigError where the source fails."""
+    """([T,H,W,3] u8, ""), or (black, why the clip could not be read); raises ConfigError as `read_clip` does.
+
+    The chunk is a copy, so that one that waits for its step doesn't keep the whole clip in memory.
+    """
     try:
         video = read_clip(source, cut.clip, cut.epoch).video
     except BadClip as error:
         return np.zeros((*shape.size, 3), np.uint8), str(error)
-    except Exception as error:
-        raise ConfigError(
-            f"reading clip {source.name(cut.clip)} (index {cut.clip}, pass {cut.epoch}) failed: "
-            f"{type(error).__name__}: {error}"
-        ) from error
     t, y, x = cut.start
-    return video[t : t + shape.frames, y : y + shape.height, x : x + shape.width], ""
+    return video[t : t + shape.frames, y : y + shape.height, x : x + shape.width].copy(), ""
 
 
 def host_chunks(
     source: Source, chunks: Chunks, step: int, rows: Sequence[int] | None = None
-) -> tuple[VideoBatch, list[tuple[int, str]]]:
+) -> tuple[VideoBatch, BadClips]:
     """(the chosen chunks of a step as NumPy arrays, (clip, reason) of those that could not be read).
 
     Args:
@@ -253,15 +251,15 @@ def host_chunks(
     """
     shape, plan = chunks.shape(step), chunks.step(step)
     cuts = plan if rows is None else [plan[row] for row in rows]
-    return _stack(cuts, [read_chunk(source, cut, shape) for cut in cuts])
+    batch, bad = _stack(cuts, [read_chunk(source, cut, shape) for cut in cuts])
+    return batch, sum(bad, [])
 
 
-def _stack(cuts: Sequence[Cut], read: Sequence[tuple[np.ndarray, str]]) -> tuple[VideoBatch, list[tuple[int, str]]]:
-    """(batch, (clip, reason) of what could not be read)."""
-    pairs = list(zip(cuts, read, strict=True))
-    clips = np.asarray([-1 if reason else cut.clip for cut, (_, reason) in pairs], np.int32)
-    bad = [(cut.clip, reason) for cut, (_, reason) in pairs if reason]
-    return VideoBatch(np.stack([video for _, (video, _) in pairs]), clips), bad
+def _stack(cuts: Sequence[Cut], read: Sequence[tuple[np.ndarray, str]]) -> tuple[VideoBatch, list[BadClips]]:
+    """(batch, of each chunk its clip and the reason if it could not be read)."""
+    clips = [-1 if reason else cut.clip for cut, (_, reason) in zip(cuts, read, strict=True)]
+    bad = [[(cut.clip, reason)] if reason else [] for cut, (_, reason) in zip(cuts, read, strict=True)]
+    return VideoBatch(np.stack([video for video, _ in read]), np.asarray(clips, np.int32)), bad
 
 
 def batch_like(shape: Shape) -> VideoBatch:
@@ -277,15 +275,7 @@ def batch_shardings(mesh: Mesh) -> VideoBatch:
 
 def place(batch: VideoBatch, rows: np.ndarray, count: int, mesh: Mesh) -> VideoBatch:
     """NumPy arrays of some of a step's `count` chunks, those that this host's devices hold → global arrays."""
-
-    def put(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
-            first, stop, _ = index[0].indices(count)
-            return leaf[(slice(*np.searchsorted(rows, (first, stop))), *index[1:])]
-
-        return jax.make_array_from_callback((count, *leaf.shape[1:]), sharding, piece)
-
-    return jax.tree.map(put, batch, batch_shardings(mesh))
+    return jax.tree.map(lambda leaf, s: placed(leaf, rows, count, s), batch, batch_shardings(mesh))
 
 
 def load(source: Source, chunks: Chunks, step: int, mesh: Mesh) -> VideoBatch:
@@ -308,9 +298,9 @@ def batches(source: Source, chunks: Chunks, data: ConfigDict, start: int, mesh: 
 
 def _batches(
     source: Source, chunks: Chunks, data: ConfigDict, start: int, mesh: Mesh
-) -> Iterator[tuple[VideoBatch, FeedInfo]]:
+) -> Generator[Item | None, None, None]:
     rows = {s.count: (local_rows(mesh, s.count), counted_rows(mesh, s.count)) for s in chunks.shapes}
-    logged: set[tuple[int, str]] = set()
+    unreadable = Unreadable(source)
     waiting: collections.deque = collections.deque()
     pool = ThreadPoolExecutor(max(1, data.threads), thread_name_prefix="vidgen-chunks")
     try:
@@ -322,17 +312,11 @@ def _batches(
                 continue
             shape, cuts, reads = waiting.popleft()
             local, counted = rows[shape.count]
-            read = [future.result() for future in reads]
+            read = []
+            for future in reads:
+                read.append(future.result())
+                yield None
             batch, bad = _stack(cuts, read)
-            for clip, reason in set(bad) - logged:
-                logging.warning("clip %s (index %d) is left out: %s", source.name(clip), clip, reason)
-            logged |= set(bad)
-            answered = [
-                (source.name(cut.clip), reason)
-                for row, cut, (_, reason) in zip(local, cuts, read, strict=True)
-                if reason and row in counted
-            ]
-            reasons = collections.Counter(reason for _, reason in answered)
-            yield place(batch, local, shape.count, mesh), FeedInfo(0.0, dict(reasons), tuple(answered))
+            yield place(batch, local, shape.count, mesh), unreadable.info(local, bad, counted)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

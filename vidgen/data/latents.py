@@ -278,6 +278,6 @@ def notes(source: Source | CachedClips, packing: Packing, tokenizer: Any, config
                 f"vidgen encode --passes {needed} makes them"
             )
         return said
-    shapes = tokenizer.chunk_shapes(packing._fitted[packing._usable])
+    shapes = tokenizer.chunk_shapes(packing.sizes)
     listed = ", ".join("x".join(map(str, shape)) for shape in shapes)
     return [f"the VAE {tokenizer.digest} encodes online, in {len(shapes)} chunk shapes: {listed}"]

@@ -103,6 +103,7 @@ class Packing:
     Attributes:
       steps_per_epoch: steps that show every clip `passes` times.
       passes: passes over the data that are packed together: 1 unless the data are so few that a pass is a few steps.
+      sizes: [n,3] i32, the distinct (frames, height, width) that clips are trained on in.
       cropped, refused, captions_cut: as in `PackingStats`.
     """
 
@@ -160,6 +161,10 @@ class Packing:
         if not len(self._usable):
             why = ", ".join(f"{count} {reason}" for reason, count in self.refused.items()) or "the index is empty"
             raise ConfigError(f"no clip fits into a row of config.rows.tokens={rows.tokens} tokens: {why}")
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.unique(self._fitted[self._usable], axis=0)
 
     def _group(self) -> None:
         """Sorts clips by need; `rank` = place in that order, where a clip stands once for each pass."""

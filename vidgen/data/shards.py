@@ -96,12 +96,12 @@ class ShardWriter:
             self._close_shard()
             # Records that are compressed already gain nothing from more of it.
             path = self._directory / f"shard-{len(self._lengths):05d}"
-            with _disk_errors():
+            with disk_errors():
                 self._shard, self._shard_bytes = ArrayRecordWriter(str(path), "group_size:1,uncompressed"), 0
             self._lengths.append(0)
         fields = {k: getattr(row, k) for k in ("caption", "id", "frames", "height", "width", "fps")}
         record = self._features.serialize_example({"video": video, **fields})
-        with _disk_errors():
+        with disk_errors():
             self._shard.write(record)
         self._index.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
         self._lengths[-1] += 1
@@ -136,12 +136,12 @@ class ShardWriter:
     def _close_shard(self) -> None:
         if self._shard is not None:
             shard, self._shard = self._shard, None
-            with _disk_errors():
+            with disk_errors():
                 shard.close()
 
 
 @contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
+def disk_errors() -> Iterator[None]:
     """ArrayRecord's errors as the OSError they stand for."""
     try:
         yield

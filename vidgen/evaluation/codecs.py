@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from vidgen import weights
 from vidgen.config import ConfigError
 from vidgen.geometry import Geometry, Grid
+from vidgen.studio import media
 from vidgen.tokenizers import base
 
 EXACT = ("patch", "wavelet")
@@ -51,7 +52,7 @@ class Codec:
         values = np.asarray(self.values(padded(video_TxHxWx3, self.geometry)[None])[0])[:frames, :height, :width]
         if not np.isfinite(values).all():
             raise ConfigError(f"{self.name}: its reconstruction of a clip has values that are NaN or infinite")
-        return np.round(np.clip((values + 1) * 127.5, 0, 255)).astype(np.uint8)
+        return media.to_u8(values)
 
     def latent_values(self, frames: int, height: int, width: int) -> int:
         """How many numbers stand for a clip of this size, padding included."""

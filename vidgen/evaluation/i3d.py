@@ -61,7 +61,10 @@ def logits(params: Mapping[str, Any], video_BxTx224x224x3: jax.Array) -> jax.Arr
 
 
 def features(params: Mapping[str, Any], video_BxTxHxWx3: jax.Array) -> jax.Array:
-    """Logits of u8 clips of any size: [B,400] f32. Resized bilinearly to 224×224, whatever the aspect."""
+    """Logits of u8 clips of any size: [B,400] f32.
+
+    They are resized to 224×224, whatever the aspect: bilinearly, and smoothed where that shrinks.
+    """
     batch, frames = video_BxTxHxWx3.shape[:2]
     video = video_BxTxHxWx3.astype(jnp.float32) / 127.5 - 1
     return logits(params, jax.image.resize(video, (batch, frames, SIDE, SIDE, 3), "bilinear"))

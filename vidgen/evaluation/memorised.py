@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vidgen.data.clip import BadClip
+from vidgen.data.feed import cut
 from vidgen.data.packing import TOO_SMALL
 from vidgen.data.sources import Source
 from vidgen.geometry import Geometry
@@ -52,8 +53,7 @@ def clips(source: Source, geometry: Geometry, count: int) -> tuple[list[Wanted],
         if not frames * height * width:
             unused[TOO_SMALL] += 1
             continue
-        y, x = (clip.video.shape[1] - height) // 2, (clip.video.shape[2] - width) // 2
-        video = clip.video[:frames, y : y + height, x : x + width]
+        video = cut(clip.video, 0, frames, height, width)
         found.append(Wanted(source.name(index), clip.caption, video, clip.fps))
     return found, dict(unused)
 

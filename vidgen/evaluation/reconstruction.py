@@ -79,7 +79,7 @@ class Judges:
     @classmethod
     def load(cls, with_fvd: bool) -> Judges:
         """Those that are installed."""
-        faults = (perceptual.missing("lpips"), perceptual.missing("i3d") if with_fvd else "FVD was not asked for")
+        faults = (perceptual.missing("lpips"), perceptual.missing("i3d") if with_fvd else "FVD, by --nofvd")
         nets = (None if fault else jax.device_put(net.load()) for net, fault in zip((lpips, i3d), faults, strict=True))
         return cls(*nets, tuple(f"not measured: {fault}" for fault in faults if fault))
 

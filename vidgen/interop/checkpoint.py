@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from vidgen.config import ConfigError
+from vidgen.weights import PICKLES
 
 CONFIG, PIPELINE = "config.json", "model_index.json"
 TENSORS, INDEX = "diffusion_pytorch_model.safetensors", ".safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what is read; anything else is a packed format
 
 
@@ -202,7 +202,8 @@ def _opened(file: str) -> Iterator[Any]:
     try:
         opened = safe_open(file, "numpy")
     except OSError as e:
-        raise ConfigError(f"{file}: {e.strerror or e}; expected a safetensors file") from None
+        missing = isinstance(e, FileNotFoundError)
+        raise ConfigError(f"{file}: {'no such file' if missing else e}; expected a safetensors file") from None
     except SafetensorError as e:
         raise ConfigError(f"{file}: not a whole safetensors file ({e}); download or save it again") from None
     with opened as tensors:

@@ -127,7 +127,10 @@ def write(directory: str, found: weights.Weights, where: str) -> Model:
         kinds = ", ".join(row.kind for row in CLASSES.values())
         raise ConfigError(f"{where}: weights of kind {found.kind!r}; diffusers has classes for: {kinds}")
     row = CLASSES[name]
-    config = row.config_from(found.config)
+    try:
+        config = row.config_from(found.config)
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e}") from None
     kept = _kept(where, found.digest)
     settings = kept["config"] if kept else {"_class_name": name, **row.write_config(config)}
     flat = weights.flatten(found.params)

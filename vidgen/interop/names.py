@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 
 import ml_dtypes  # noqa: F401  makes bfloat16 known to NumPy, by its name
@@ -39,11 +38,6 @@ class Entry:
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """Inverse of `to_flax`."""
         return (np.moveaxis(array, (-1, -2), (0, 1)) if self._kernel else array).reshape(self.stored)
-
-
-def parameters(entries: Sequence[Entry]) -> int:
-    """How many numbers they hold together."""
-    return sum(math.prod(entry.shape) for entry in entries)
 
 
 def read(entries: Sequence[Entry], checkpoint: Checkpoint) -> dict[str, np.ndarray]:

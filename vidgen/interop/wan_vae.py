@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vidgen import weights
 from vidgen.config import ConfigError
 from vidgen.interop.names import Entry
 from vidgen.tokenizers import chunked
@@ -199,8 +200,8 @@ def entries(config: VAEConfig) -> tuple[Entry, ...]:
     video = jax.ShapeDtypeStruct((1, 1 + st, sy, sx, 3), jnp.float32)
     shapes = jax.eval_shape(CausalVAE(config).init, jax.random.key(0), video)["params"]
     found = []
-    for path, shape in sorted(_leaves(shapes)):
-        *parts, leaf = path.split("/")
+    for path, like in sorted(weights.flatten(shapes).items()):
+        shape, (*parts, leaf) = like.shape, path.split("/")
         key = ".".join([*(re.sub(r"_(\d+)$", r".\1", part) for part in parts), LEAVES[leaf]])
         if leaf == "gamma":
             # Norms inside the attention are of images there, all others of videos.
@@ -213,14 +214,6 @@ def entries(config: VAEConfig) -> tuple[Entry, ...]:
         found.append(Entry(path, shape, key, stored))
     assert len({entry.key for entry in found}) == len(found), "two parameters under one name"
     return tuple(found)
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, tuple[int, ...]]]:
-    leaves = []
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        leaves += _leaves(value, f"{path}/") if isinstance(value, Mapping) else [(path, value.shape)]
-    return leaves
 
 
 def _checked(array: Any, name: str, channels: int, layout: str) -> np.ndarray:

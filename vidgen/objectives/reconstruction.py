@@ -1,4 +1,4 @@
-"""What a step of the VAE minimises: L1, LPIPS and a small KL divergence, and later what critics say of the result.
+"""What a step of the VAE minimises: L1, L2, LPIPS and a small KL divergence, and later what critics say of the result.
 
 The weight of the critics is adaptive: at the decoder's last kernel their gradient is made as long as that of the
 reconstruction (Esser et al., arXiv:2012.09841). Both losses see nothing but the reconstructed video, so their gradients
@@ -161,9 +161,7 @@ def loss_of(vae: CausalVAE, c: ConfigDict, critics: Critics | None = None, place
         frames = some_frames(x, order, c.lpips_frames)
 
         def rebuilt(y):
-            sums = {"l1": share @ absolute(y, x)}
-            if c.l2:
-                sums["l2"] = share @ squared(y, x)
+            sums = {"l1": share @ absolute(y, x), "l2": share @ squared(y, x)}
             if c.lpips:
                 sums["lpips"] = share @ perceptual(
                     inputs.frozen, some_frames(y, order, c.lpips_frames), frames, vae.dtype
@@ -222,7 +220,7 @@ def _critics_loss(
 ) -> tuple[jax.Array, Any]:
     """(what the critics minimise, the vectors after one power iteration)."""
     vectors = dict(vectors)
-    for name in real.keys() & params.keys():
+    for name in (name for name in real if name in params):  # in an order that is the same on every host
         given = {"params": stop_gradient(params[name]), "batch_stats": vectors[name]}
         # The vectors don't depend on what is shown; one of it is enough for the iteration.
         _, new = getattr(critics, name).apply(given, real[name][:1], update=True, mutable=["batch_stats"])
@@ -255,7 +253,8 @@ def _adaptive(vae: CausalVAE, params: Any, features: jax.Array, rebuilt: jax.Arr
 def heldout_sums(vae: CausalVAE, params: Any, batch: VideoBatch, c: ConfigDict) -> dict[str, jax.Array]:
     """Sums over the chunks that could be read, of what the latents' mean gives: l1, l2, kl, loss, psnr, chunks.
 
-    The loss is without LPIPS and critics."""
+    The loss is without LPIPS and critics.
+    """
     x = pixels(batch)
     mean, logvar = vae.apply({"params": params}, x, method="encode")
     y = vae.apply({"params": params}, mean, method="decode")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,11 @@ from vidgen.config import ConfigError
 from vidgen.data import decode
 
 GROUND = 48  # grey between and around clips: apart from black grounds and from white ones
+
+
+def to_u8(video: Any, xp: Any = np) -> Any:
+    """Video around [-1, 1] as the nearest bytes, clipped; `xp` is numpy or jax.numpy."""
+    return xp.round(xp.clip((video + 1) * 127.5, 0, 255)).astype(xp.uint8)
 
 
 def grid(

@@ -55,14 +55,20 @@ def mesh_words(mesh: dict[str, int]) -> str:
     return " x ".join(f"{axis}={mesh[axis]}" for axis in AXES if mesh[axis] > 1) or "one device"
 
 
+def _machine(topology: Topology) -> str:
+    return (
+        f"{topology.text}: {topology.chips} chips, {topology.devices} devices, {topology.hosts} hosts; "
+        f"{size(topology.chip.hbm_bytes)} a device"
+    )
+
+
 def introduction(config: ConfigDict, topology: Topology, e: Estimate, note: str) -> str:
     """What is planned, and the arithmetic of it."""
     f, m = e.flops, config.model
     share = f"{e.trained / e.tokens:.1%} of them clips" if e.trained else ""
     return "\n".join(
         [
-            f"{topology.text}: {topology.chips} chips, {topology.devices} devices, {topology.hosts} hosts; "
-            f"{size(topology.chip.hbm_bytes)} a device",
+            _machine(topology),
             f"mesh {mesh_words(e.mesh)} ({note}); attention {e.strategy} over context, kernel {e.kernel}; "
             f"remat {m.remat}; {config.optimizer.accumulate} microbatch(es)",
             "",
@@ -82,12 +88,11 @@ def introduction(config: ConfigDict, topology: Topology, e: Estimate, note: str)
 def vae_introduction(config: ConfigDict, topology: Topology, facts: dict[str, Any], chunks: Sequence[str]) -> str:
     """What is planned of a VAE's training, and the arithmetic of it."""
     c = config.reconstruction
-    losses = ", ".join(f"{name} {c[name]:g}" for name in ("l1", "lpips", "kl", "gan") if c[name])
+    losses = ", ".join(f"{name} {c[name]:g}" for name in ("l1", "l2", "lpips", "kl", "gan") if c[name])
     remat = "blocks are computed again in the backward pass" if config.vae.remat else "nothing is computed again"
     return "\n".join(
         [
-            f"{topology.text}: {topology.chips} chips, {topology.devices} devices, {topology.hosts} hosts; "
-            f"{size(topology.chip.hbm_bytes)} a device",
+            _machine(topology),
             f"mesh {mesh_words(facts['mesh'])}: chunks over data and fsdp, their height over context; {remat}",
             "",
             "ARITHMETIC",

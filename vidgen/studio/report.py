@@ -7,8 +7,6 @@ a run doesn't have (yet) is said to be missing.
 from __future__ import annotations
 
 import base64
-import dataclasses
-import glob
 import json
 import os
 import re
@@ -19,36 +17,17 @@ from typing import Any
 import numpy as np
 
 from vidgen import config as configs
-from vidgen.config import ConfigError
-from vidgen.studio import compression, media, page, plots
+from vidgen.studio import compression, media, page, plots, workdirs
+from vidgen.studio.workdirs import Judgement, Sample
 from vidgen.training import metrics
 from vidgen.training.metrics import si
 
 SAMPLES_SHOWN = 12
 PROMPTS_SHOWN = 300
-CLIP_BYTES = 6_000_000  # of a GIF; above it the MP4 is taken
 
 SETTINGS = (("guidance", "guidance"), ("steps", "solver steps"))  # of prompts.json
 
 JUDGED = ("all_right", "shape", "colour", "motion", "count", "permanence")  # shares of the prompts, best first
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """WORKDIR/samples/<step>: `video` is a file or "", `about` what prompts.json says."""
-
-    step: int
-    video: str
-    about: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Judgement:
-    """A file of WORKDIR/evaluation: a suite's results, at a step if it says so."""
-
-    suite: str
-    step: int | None
-    results: Mapping[str, Any]
 
 
 def run(workdir: str) -> str:
@@ -56,11 +35,11 @@ def run(workdir: str) -> str:
 
     Raises ConfigError if `workdir` is not the workdir of a run, or cannot be written.
     """
-    _check(workdir)
-    config = _json(os.path.join(workdir, "config.json"))
+    workdirs.check(workdir)
+    config = workdirs.read_json(os.path.join(workdir, "config.json"))
     rows = metrics.read(workdir)
-    judgements = _judgements(workdir)
-    samples = _samples(workdir)
+    judgements = workdirs.judgements(workdir)
+    samples = workdirs.samples(workdir)
     name = os.path.basename(os.path.abspath(workdir))
     parts = [
         _header(name, config, rows, judgements),
@@ -73,7 +52,9 @@ def run(workdir: str) -> str:
         _fed_section(workdir),
         _config_section(config),
         _facts_section(
-            "Environment", _json(os.path.join(workdir, "environment.json")), "No environment.json: not recorded."
+            "Environment",
+            workdirs.read_json(os.path.join(workdir, "environment.json")),
+            "No environment.json: not recorded.",
         ),
         "<footer>Made by vidgen report from the files of the workdir.</footer>",
     ]
@@ -82,73 +63,28 @@ def run(workdir: str) -> str:
     return path
 
 
-# What the workdir holds.
-
-
-def _check(workdir: str) -> None:
-    if not os.path.isdir(workdir):
-        raise ConfigError(f"workdir {workdir}: no such directory; expected the --workdir of a vidgen train")
-    if not os.path.exists(os.path.join(workdir, "config.json")):
-        runs = sorted(glob.glob(os.path.join(glob.escape(workdir), "*", "config.json")), key=os.path.getmtime)
-        hint = f"; did you mean {os.path.dirname(runs[-1])}?" if runs else ""
-        raise ConfigError(f"workdir {workdir}: no config.json in it, so it is not the workdir of a run{hint}")
-
-
-def _json(path: str) -> Any:
-    """What a JSON file holds; None without the file, and the reason as {"unreadable": …} for a broken one."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as e:
-        return {"unreadable": f"{os.path.basename(path)}: {e}"}
-
-
-def _samples(workdir: str) -> list[Sample]:
-    """Oldest first."""
-    samples = []
-    for folder in glob.glob(os.path.join(glob.escape(workdir), "samples", "*", "")):
-        step = os.path.basename(os.path.dirname(folder))
-        if step.isdigit():
-            gif, mp4 = os.path.join(folder, "grid.gif"), os.path.join(folder, "grid.mp4")
-            small = os.path.exists(gif) and os.path.getsize(gif) <= CLIP_BYTES
-            video = gif if small or not os.path.exists(mp4) else mp4
-            about = _json(os.path.join(folder, "prompts.json"))
-            about = about if isinstance(about, dict) else {}
-            samples.append(Sample(int(step), video if os.path.exists(video) else "", about))
-    return sorted(samples, key=lambda s: s.step)
-
-
-def _judgements(workdir: str) -> list[Judgement]:
-    """Of evaluation/<suite>.json, its newest, and evaluation/<suite>-<step>.json; a suite's oldest first."""
-    judgements = []
-    for path in sorted(glob.glob(os.path.join(glob.escape(workdir), "evaluation", "*.json"))):
-        results, stem = _json(path), os.path.basename(path).removesuffix(".json")
-        if stem == "compression":
-            continue
-        suite, _, step = stem.rpartition("-")
-        if not (suite and step.isdigit()):
-            suite, step = stem, None
-        results = results if isinstance(results, dict) else {"unreadable": f"{stem}.json: expected a JSON object"}
-        step = results.get("step", step)
-        judgements.append(Judgement(suite, int(step) if str(step).isdigit() else None, results))
-    # The newest stands in both of its files; "-" sorts before ".", so <suite>.json is the one that stays.
-    unique = {(j.suite, j.step): j for j in judgements}.values()
-    return sorted(unique, key=lambda j: (j.suite, j.step is None, j.step or 0))
+# What the page shows, part by part.
 
 
 def _fed_section(workdir: str) -> str:
     """How rows were packed; of a VAE's run, which chunks there were."""
     name = "chunks" if os.path.exists(os.path.join(workdir, "chunks.json")) else "packing"
-    found = _json(os.path.join(workdir, f"{name}.json"))
+    found = workdirs.read_json(os.path.join(workdir, f"{name}.json"))
     return _facts_section(name.capitalize(), found, f"No {name}.json: not recorded.")
 
 
 def _compression_section(workdir: str) -> str:
     """What tokenizers lose, against how much they compress, where the suite reconstruction has looked."""
-    rows = (_json(os.path.join(workdir, "evaluation", "compression.json")) or {}).get("rows")
-    return page.section("Quality against compression", compression.fragment(rows)) if rows else ""
+    title, found = (
+        "Quality against compression",
+        workdirs.read_json(os.path.join(workdir, "evaluation", "compression.json")),
+    )
+    if found is None:
+        return ""
+    if not isinstance(found, dict) or not found.get("rows"):
+        reason = found.get("unreadable") if isinstance(found, dict) else None
+        return page.section(title, page.missing(reason or "compression.json: expected rows"))
+    return page.section(title, compression.fragment(found["rows"]))
 
 
 def _newest(judgements: Sequence[Judgement]) -> dict[str, Judgement]:
@@ -171,9 +107,6 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _leaves(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-# What the page shows of it, part by part.
 
 
 def _header(name: str, config: Any, rows: Sequence[Mapping[str, Any]], judgements: Sequence[Judgement]) -> str:
@@ -200,6 +133,8 @@ def _header(name: str, config: Any, rows: Sequence[Mapping[str, Any]], judgement
         figures["training loss"] = f"{statistics.fmean(losses[-10:]):.4f}"
     if held_out := _known(rows, "heldout_loss"):
         figures["held-out loss"] = f"{held_out[-1]:.4f}"
+    if psnr := _known(rows, "heldout_psnr"):
+        figures["held-out PSNR"] = f"{psnr[-1]:.2f} dB"
     if seen := _known(rows, "tokens_seen"):
         figures["tokens seen"] = si(seen[-1])
     if speeds := _known(rows, "tokens_per_second"):
@@ -233,17 +168,21 @@ def _samples_section(samples: Sequence[Sample]) -> str:
 def _large(sample: Sample) -> str:
     """A grid of samples, each row with its prompt beside it."""
     about = sample.about
-    prompts, seeds = about.get("prompts") or [], about.get("seeds") or []
+    prompts, seeds, columns = (about.get(key) or [] for key in ("prompts", "seeds", "columns"))
     how = [f"step {sample.step:,}"]
     if len(seeds) > 1:
         how.append(f"seeds {', '.join(map(str, seeds))} from left to right")
     elif seeds:
         how.append(f"seed {seeds[0]}")
+    if columns:
+        how.append(f"{', '.join(map(str, columns))} from left to right")
+    if left_out := about.get("left_out"):
+        how.append(f"{len(left_out)} clips left out")
     how += [f"{name} {about[key]}" for key, name in SETTINGS if key in about]
     if not prompts:
         how.append(about.get("unreadable", "its prompts.json names no prompts"))
     rows = "".join(f"<li>{page.escape(prompt)}</li>" for prompt in prompts)
-    width = min(150 * max(1, len(seeds)), 640) if prompts else 560
+    width = min(150 * max(1, len(seeds), len(columns)), 640) if prompts else 560
     return (
         f'<figure class="newest{"" if prompts else " alone"}" style="margin:0;--shown:{width}px">'
         f"{f'<ol>{rows}</ol>' if prompts else ''}{_clip(sample)}"
@@ -266,7 +205,7 @@ def _spaced(count: int, most: int) -> list[int]:
 def _judge_section(judgements: Sequence[Judgement]) -> str:
     title = "The judge"
     if not judgements:
-        return page.section(title, page.missing("Not judged yet: vidgen evaluate --workdir … --suite moving_shapes"))
+        return page.section(title, page.missing("Not judged yet: vidgen evaluate --workdir …"))
     parts = []
     for suite, judgement in _newest(judgements).items():
         history = [j for j in judgements if j.suite == suite]
@@ -291,7 +230,7 @@ def _results(judgement: Judgement) -> str:
     others = {
         k.replace("_", " "): len(v) if isinstance(v, list) else v
         for k, v in results.items()
-        if k not in (*JUDGED, "per_prompt", "per_clip", "notes") and not isinstance(v, dict)
+        if k not in (*JUDGED, "per_prompt", "per_clip", "notes") and not (v is None or isinstance(v, dict))
     }
     body = f'<div class="scroll"><table><tbody>{"".join(rows)}</tbody></table></div>' if rows else ""
     if others:
@@ -345,7 +284,10 @@ def _loss_section(rows: Sequence[Mapping[str, Any]]) -> str:
     if bad:
         notes.append(f"{bad} logged {'loss was' if bad == 1 else 'losses were'} not finite; the line has gaps there.")
     note = f'<p class="note">{page.escape(" ".join(notes))}</p>' if notes else ""
-    return page.section(title, page.card(axis, note))
+    cards = [page.card(axis, note)]
+    if _known(rows, "heldout_psnr"):
+        cards.append(_charts(_chart(rows, "heldout_psnr", "PSNR of held-out clips, dB", "{:.1f}".format, (440, 200))))
+    return page.section(title, *cards)
 
 
 def _speed_section(rows: Sequence[Mapping[str, Any]]) -> str:

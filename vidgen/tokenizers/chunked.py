@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vidgen.tokenizers.vae import CausalVAE
@@ -27,7 +28,7 @@ def encode(vae: CausalVAE, params: Any, video_BxTxHxWx3: Any, frames: int = FRAM
       video_BxTxHxWx3: in [-1, 1], or u8; 1 + k·stride frames, height and width multiples of the stride.
       frames: in a chunk; rounded down to whole latents, but one at least.
 
-    Raises ValueError for sizes that don't fit and for numbers that are not finite.
+    Raises ValueError for sizes that don't fit, for integers other than u8, and for numbers that are not finite.
     """
     stride = vae.config.stride[0]
     pieces = split(video_BxTxHxWx3, stride, max(frames // stride, 1) * stride)
@@ -76,7 +77,10 @@ def _run(vae: CausalVAE, params: Any, chunks: Iterable[Any], method: str) -> Ite
     history, start = {}, True
     for chunk in chunks:
         chunk = np.asarray(chunk) if not isinstance(chunk, jax.Array) else chunk
-        if chunk.dtype != np.uint8 and not bool(np.isfinite(chunk).all()):
+        pixels = method == "encode" and chunk.dtype == np.uint8
+        if not (pixels or jnp.issubdtype(chunk.dtype, jnp.floating)):
+            raise ValueError(f"{method}: {chunk.dtype}; expected floats{' or uint8' if method == 'encode' else ''}")
+        if not (pixels or bool(np.isfinite(chunk).all())):
             raise ValueError(f"{method}: expected finite numbers, found NaN or infinity")
         out, history = _chunk(vae, method, start, params, history, chunk)
         start = False

@@ -30,6 +30,8 @@ from vidgen.tokenizers import chunked
 from vidgen.tokenizers.vae import CausalVAE, VAEConfig
 from vidgen.weights import Weights
 
+SMALL = 2**18  # pixels; chunks up to that are of up to LONG frames, which is faster; larger ones of chunked.FRAMES
+LONG = 16
 MOST_SIZES = 16  # (height, width) that are encoded while training, each of which is compiled
 _DRAW = 0x7AE  # folded into a row's key; larger than anything that the objective splits it into
 
@@ -84,7 +86,7 @@ class LearnedTokenizer:
             nearest = self.geometry.fit(frames, height, width)
             raise ValueError(f"{frames}x{height}x{width} does not cut into tokens; nearest: {nearest}")
         params, place = self.params(devices), _over(devices, P("clips"))
-        pieces = chunked.split(video_BxTxHxWx3, self.geometry.stride[0], self.chunk(frames))
+        pieces = chunked.split(video_BxTxHxWx3, self.geometry.stride[0], self.chunk(frames, height, width))
         with self._lock:
             pieces = (jax.device_put(np.ascontiguousarray(piece), place) for piece in pieces)
             chunks = [np.concatenate(c, axis=-1) for c in chunked.encode_chunks(self.vae, params, pieces)]
@@ -121,12 +123,12 @@ class LearnedTokenizer:
     def decode_tokens(self, tokens_BxSxP: Any, grid: Grid) -> np.ndarray:
         """Tokens → video [B,T,H,W,3] f32 NumPy around [-1, 1], clip by clip, in time chunks; not traceable."""
         mean, std = self._of_token()
-        params = self.params()
+        params, size = self.params(), self._pixels(grid)
         videos = []
         for tokens in np.asarray(tokens_BxSxP, np.float32):
             latents = unpatchify(tokens * std + mean, grid, self.geometry.patch)[None]
             with self._lock:
-                videos.append(chunked.decode(self.vae, params, latents))
+                videos.append(chunked.decode(self.vae, params, latents, self.chunk(*size)))
         return np.concatenate(videos)
 
     def _of_token(self) -> tuple[np.ndarray, np.ndarray]:
@@ -134,19 +136,24 @@ class LearnedTokenizer:
         copies = math.prod(self.geometry.patch)
         return tuple(np.tile(np.asarray(value, np.float32), copies) for value in (self.mean, self.std))
 
-    def chunk(self, frames: int) -> int:
-        """Frames of the time chunks of a clip of 1 + k·stride_t frames: the most up to 16 that divide all but the
-        first, so that clips of any length are encoded in few shapes and nothing is padded."""
+    def _pixels(self, grid: Grid) -> Grid:
+        """(frames, height, width) of a clip of so many tokens."""
+        (t, y, x), (_, height, width) = grid, self.geometry.block
+        return 1 + (t * self.geometry.patch[0] - 1) * self.geometry.stride[0], y * height, x * width
+
+    def chunk(self, frames: int, height: int, width: int) -> int:
+        """Frames of the chunks, after the first frame, of a clip of 1 + n: the most that divide n, up to 16 of small
+        pictures and 4 of others, so that clips of any length go through in few shapes, and unpadded."""
         stride = self.geometry.stride[0]
-        most = max(min(chunked.FRAMES, frames - 1) // stride, 1) * stride
+        limit = LONG if LONG * height * width <= SMALL else chunked.FRAMES
+        most = max(min(limit, frames - 1) // stride, 1) * stride
         return next(n for n in range(most, 0, -stride) if (frames - 1) % n == 0)
 
     def chunk_shapes(self, sizes: np.ndarray) -> list[tuple[int, int, int]]:
-        """The distinct (frames, height, width) that clips of these fitted sizes, [n,3], are encoded in.
+        """The distinct (frames, height, width) of the chunks that clips of these fitted sizes, [n,3], are encoded in.
 
         Raises ConfigError where they have more than 16 heights and widths.
         """
-        sizes = np.unique(sizes, axis=0)
         spaces = {(height, width) for _, height, width in sizes.tolist()}
         if len(spaces) > MOST_SIZES:
             raise ConfigError(
@@ -156,7 +163,7 @@ class LearnedTokenizer:
             )
         shapes = set()
         for frames, height, width in sizes.tolist():
-            lengths = chunked.shapes(frames, self.geometry.stride[0], self.chunk(frames))
+            lengths = chunked.shapes(frames, self.geometry.stride[0], self.chunk(frames, height, width))
             shapes |= {(length, height, width) for length in lengths}
         return sorted(shapes, key=lambda s: (s[1], s[2], s[0]))
 

@@ -16,7 +16,8 @@ from vidgen.training.state import TrainState
 
 FOLDER = "checkpoints"
 
-# Settings that don't decide what is trained; that the clips are the same is checked by their fingerprint.
+# Settings that don't decide what is trained; that the clips and the tokenizer's weights are the same is checked by
+# their fingerprint and digest.
 MAY_CHANGE = (
     "train.",
     "mesh.",
@@ -24,6 +25,8 @@ MAY_CHANGE = (
     "data.source",
     "data.threads",
     "data.prefetch",
+    "data.latents",
+    "tokenizer.weights",
     "model.attention",
     "model.remat",
     "model.unroll",

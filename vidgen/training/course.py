@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from vidgen.data.feed import FeedInfo
 from vidgen.data.sources import Source
+from vidgen.data.stream import FeedInfo
 from vidgen.training.metrics import MetricWriter
 from vidgen.training.step import Batch
 
@@ -38,6 +38,7 @@ class Course:
 
     Attributes:
       source: the clips that are trained on.
+      tokenizer: digest of the VAE on whose latents is trained; empty where there is none.
       batches: steps done → the batches from there on; to be used in a `with`.
       introduce: steps done → what to say before going on.
       heldout: averaged weights → figures on clips that are not trained on; None where none are wanted.
@@ -47,6 +48,7 @@ class Course:
     """
 
     source: Source
+    tokenizer: str
     batches: Callable[[int], AbstractContextManager[Iterator[tuple[Batch, FeedInfo]]]]
     introduce: Callable[[int], Introduction]
     heldout: Callable[[Any], dict[str, float]] | None

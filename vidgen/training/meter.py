@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from vidgen.config import ConfigError
-from vidgen.data.feed import FeedInfo
+from vidgen.data.stream import FeedInfo
 
 STUCK = 50  # updates skipped in a row: more are no outliers
 OWN = ("grad_norm", "tokens", "skipped")  # of what a step says, what is not averaged

@@ -68,5 +68,5 @@ def only_one(workdir: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{workdir}: another vidgen train is at work there; wait for it or stop it") from None
+            raise ConfigError(f"{workdir}: another vidgen is at work there; wait for it or stop it") from None
         yield
