@@ -117,6 +117,11 @@ def load(workdir: str, step: int | None = None) -> tuple[ConfigDict, Generator, 
     Whatever mesh it was trained on, the weights lie in pieces over all devices here, and so does the generator's work.
     """
     config = configs.override(read_config(workdir), HERE)
+    if config.task != "denoiser":
+        raise ConfigError(
+            f"{workdir}: a run with task={config.task}, which draws nothing from prompts; expected a denoiser's, or "
+            "for this one: vidgen evaluate --suite reconstruction"
+        )
     devices = len(jax.devices())
     mesh = make_mesh(config.mesh, devices, config.rows.tokens) if devices > 1 else None
     generator = generators.from_config(config, mesh)
@@ -207,7 +212,7 @@ def draw(
             rows, empty, keys = processes.put((rows, empty, keys), (places, places, NamedSharding(mesh, ROWS)))
         video = np.asarray(sampler(params, rows, empty, keys))[: len(chunk)]
         if generator.tokenizer.learned:
-            video = np.concatenate([_u8(generator.tokenizer.decode_tokens(one[None], grid), np) for one in video])
+            video = np.concatenate([media.to_u8(generator.tokenizer.decode_tokens(one[None], grid)) for one in video])
         video = video[:, : s.frames]
         y, x = (size[1] - s.height) // 2, (size[2] - s.width) // 2
         videos += list(video[:, :, y : y + s.height, x : x + s.width])
@@ -277,14 +282,11 @@ def _sampler(
             clip_tokens=clip_tokens,
         )
         drawn = drawn[:, :clip_tokens]
-        return drawn if generator.tokenizer.learned else _u8(generator.tokenizer.decode_tokens(drawn, grid), jnp)
+        return (
+            drawn if generator.tokenizer.learned else media.to_u8(generator.tokenizer.decode_tokens(drawn, grid), jnp)
+        )
 
     return sample
-
-
-def _u8(video: Any, xp: Any) -> Any:
-    """Video around [-1, 1] as bytes."""
-    return xp.round(xp.clip((video + 1) * 127.5, 0, 255)).astype(xp.uint8)
 
 
 def heldout_captions(config: ConfigDict, count: int) -> list[str]:

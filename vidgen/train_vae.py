@@ -21,6 +21,7 @@ from vidgen.data.chunks import Chunks, Shape
 from vidgen.data.clip import BadClip
 from vidgen.data.feed import read_clip
 from vidgen.data.sources import Source, open_source
+from vidgen.evaluation import quality
 from vidgen.geometry import Geometry
 from vidgen.objectives import reconstruction
 from vidgen.parallel import processes
@@ -213,11 +214,10 @@ def draw(program: Program, params: Any, n: int, workdir: str, writer: MetricWrit
         video = video[:t, :h, :w]
         mean, _ = chunked.encode(vae, own, video[None])
         back = chunked.decode(vae, own, mean)[0]
-        back = np.rint((np.clip(back, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+        back = media.to_u8(back)
         error = np.abs(video.astype(np.int32) - back)
-        psnr = 10 * np.log10(255.0**2 / max(float(np.mean(error**2)), 1e-10))
         rows.append([video, back, np.minimum(ERROR * error, 255).astype(np.uint8)])
-        labels.append(f"{source.name(i)}: {psnr:.1f} dB")
+        labels.append(f"{source.name(i)}: {quality.psnr(video, back):.1f} dB")
     if not rows:
         return
     widest = max(video.shape[2] for row in rows for video in row)

@@ -94,7 +94,10 @@ def shapes_of(c: ConfigDict, stride: Grid) -> tuple[Shape, ...]:
                 f"and width multiples of {stride[1]} and {stride[2]}; nearest: {'x'.join(map(str, near))}"
             )
     weights = tuple(c.weights)
-    if weights and (len(weights) != len(c.shapes) or min(weights) < 0 or sum(weights) <= 0):
+    numbers = all(isinstance(w, int | float) and not isinstance(w, bool) for w in weights)
+    if weights and (
+        not numbers or len(weights) != len(c.shapes) or not min(weights) >= 0 or not 0 < sum(weights) < 1e9
+    ):
         raise ConfigError(
             f"config.clips.weights={weights}: expected {len(c.shapes)} numbers ≥ 0, one for each of clips.shapes, not "
             "all 0"

@@ -12,18 +12,8 @@ from vidgen.data.clip import BadClip
 from vidgen.data.feed import cut
 from vidgen.data.packing import TOO_SMALL
 from vidgen.data.sources import Source
+from vidgen.evaluation.quality import psnr, still_psnr
 from vidgen.geometry import Geometry
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of u8 arrays or of their means, in dB; higher is closer, infinite is equal."""
-    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return float(10 * np.log10(255**2 / error)) if error else float("inf")
-
-
-def still_psnr(video: np.ndarray) -> float:
-    """PSNR of a clip [T,H,W,3] u8 against its own mean frame: what a picture without motion would reach at best."""
-    return psnr(video, np.broadcast_to(video.mean(axis=0), video.shape))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,10 @@ WINDOW = 11  # pixels of SSIM's window; smaller frames have no SSIM
 
 
 def psnr(original: np.ndarray, other: np.ndarray, mask: np.ndarray | None = None) -> float:
-    """Peak signal-to-noise ratio of u8 clips of one shape, in dB; CEILING at most, which equal clips get.
+    """Peak signal-to-noise ratio of clips of one shape, in dB; CEILING at most, which equal clips get.
 
     Args:
-      original, other: [T,H,W,3] u8.
+      original, other: [T,H,W,3], of 0 to 255.
       mask: [T,H,W] bool, the pixels that count; None: all.
 
     Raises ValueError where no pixel counts.
@@ -28,6 +28,11 @@ def psnr(original: np.ndarray, other: np.ndarray, mask: np.ndarray | None = None
         raise ValueError("PSNR of no pixel")
     mean = float(error.mean(dtype=np.float64))
     return min(CEILING, 10 * float(np.log10(255**2 / mean))) if mean else CEILING
+
+
+def still_psnr(video: np.ndarray) -> float:
+    """PSNR of a clip [T,H,W,3] u8 against its own mean frame: what a picture without motion would reach at best."""
+    return psnr(video, np.broadcast_to(video.mean(axis=0), video.shape))
 
 
 def ssim(original: np.ndarray, other: np.ndarray) -> np.ndarray:

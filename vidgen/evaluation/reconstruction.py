@@ -253,6 +253,7 @@ def compared(clip: Original, other: np.ndarray, judges: Judges) -> dict[str, Any
         "clip": clip.name,
         "size": clip.size,
         "psnr": quality.psnr(clip.video, other),
+        "gain": quality.psnr(clip.video, other) - quality.still_psnr(clip.video),
         "ssim": float(quality.ssim(clip.video, other).mean()) if small >= quality.WINDOW else None,
         "lpips": quality.perceptual_distance(judges.lpips, clip.video, other)
         if judges.lpips is not None and small >= lpips.LEAST
@@ -267,7 +268,8 @@ def compared(clip: Original, other: np.ndarray, judges: Judges) -> dict[str, Any
 def figures(codec: Codec, tally: Tally, originals: Tally, sizes: set[str]) -> dict[str, Any]:
     """Means over the clips of these sizes; None where a figure applies to none of them.
 
-    psnr: mean, dB; psnr_min: the worst clip's. ssim, lpips: means. fvd: of `fvd_clips` clips of 9 frames or more.
+    psnr: mean, dB; psnr_min: the worst clip's; gain_min: the least that a clip has above its own mean frame. ssim,
+    lpips: means. fvd: of `fvd_clips` clips of 9 frames or more.
     flicker, flicker_excess: of the reconstructions, and how much more than the originals'. unsteadiness: the flicker
     of the error. box_psnr: dB, inside the objects' boxes. all_right, all_right_original: share that the judge of
     moving shapes finds all right. latent_values_per_pixel_value, and pixel_values_per_latent_value, its inverse.
@@ -289,6 +291,7 @@ def figures(codec: Codec, tally: Tally, originals: Tally, sizes: set[str]) -> di
         "clips": len(rows),
         "psnr": mean(rows, "psnr"),
         "psnr_min": min(row["psnr"] for row in rows),
+        "gain_min": min(row["gain"] for row in rows),
         "ssim": mean(rows, "ssim"),
         "lpips": mean(rows, "lpips"),
         "fvd": distance,
