@@ -20,9 +20,9 @@ FOLDER = pathlib.Path(__file__).parents[2] / "configs"
     [
         ("vae_moving_shapes.py", (4, 8, 8), 1.53),
         ("vae_real_clips.py", (4, 8, 8), 1.53),
-        ("vae_wan21.py", (4, 8, 8), 126.9),
-        ("vae_wan21.py:81x480x832", (4, 8, 8), 126.9),
-        ("vae_wan22.py", (4, 16, 16), 704.7),
+        ("vae_wan.py", (4, 8, 8), 126.9),
+        ("vae_wan.py:2.1,81x480x832", (4, 8, 8), 126.9),
+        ("vae_wan.py:2.2", (4, 16, 16), 704.7),
     ],
 )
 def test_a_config_is_what_it_says(name, stride, millions, monkeypatch):
@@ -41,5 +41,7 @@ def test_a_config_is_what_it_says(name, stride, millions, monkeypatch):
 
 
 def test_an_argument_that_is_no_size():
-    with pytest.raises(ConfigError, match="vae_wan21.py:480p: expected FRAMESxHEIGHTxWIDTH, such as 81x480x832"):
-        configs.load(f"{FOLDER / 'vae_wan21.py'}:480p")
+    with pytest.raises(ConfigError, match="'480p': expected FRAMESxHEIGHTxWIDTH, such as 81x480x832"):
+        configs.load(f"{FOLDER / 'vae_wan.py'}:2.1,480p")
+    with pytest.raises(ConfigError, match="vae_wan.py:3: expected 2.1 or 2.2"):
+        configs.load(f"{FOLDER / 'vae_wan.py'}:3")
