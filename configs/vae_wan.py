@@ -4,9 +4,9 @@
     vidgen train --config configs/vae_wan.py:2.1 --workdir runs/vae --input shards           on every host of the pod
     vidgen plan  --config configs/vae_wan.py:2.1,81x480x832 --topology v5p:2x2x4             before it is paid for
 
-2.1: stride 4x8x8, 16 channels; 2.2: stride 4x16x16, 48 channels. With a size, FRAMESxHEIGHTxWIDTH, all chunks are of that
-one size; else images come first, then clips of 17 to 81 frames. L1, LPIPS and a small KL divergence first, then critics of
-frames and of clips. LPIPS needs the extra [perceptual].
+2.1: stride 4x8x8, 16 channels; 2.2: stride 4x16x16, 48 channels. With a size, FRAMESxHEIGHTxWIDTH, all chunks are of
+that one size; else images come first, then clips of 17 to 81 frames. L1, LPIPS and a small KL divergence first, then
+critics of frames and of clips. LPIPS needs the extra [perceptual].
 """
 
 from ml_collections import ConfigDict
