@@ -272,11 +272,11 @@ def test_bad_settings(config, change, says):
 
 
 def test_bad_weights(config, directory, tmp_path):
-    def refused(says, kind="vae", shape=SHAPE.to_dict(), change=lambda params: None):
+    def refused(says, kind="vae", std=None, change=lambda params: None):
         params = jax.tree.map(np.copy, weights.load(directory).params)
         change(params)
         path = str(tmp_path / f"{len(list(tmp_path.iterdir()))}")
-        weights.save(path, kind, shape, params)
+        weights.save(path, kind, SHAPE.to_dict() | ({"latents_std": std} if std else {}), params)
         config.tokenizer.weights = path
         with pytest.raises(ConfigError, match=says):
             base.from_config(config.tokenizer)
@@ -289,7 +289,7 @@ def test_bad_weights(config, directory, tmp_path):
         r"quant_conv/more has shape \(3,\); expected no such", change=lambda p: p["quant_conv"].update(more=np.zeros(3))
     )
     refused(r"quant_conv/bias has shape \(7,\)", change=lambda p: p["quant_conv"].update(bias=np.zeros(7)))
-    refused("latents_std=.*numbers above 0", shape=SHAPE.to_dict() | {"latents_std": [0.0, 1.0, 1.0, 1.0]})
+    refused("latents_std=.*numbers above 0", std=[0.0, 1.0, 1.0, 1.0])
     with pytest.raises(ConfigError, match="no finite numbers"):
         params = jax.tree.map(np.copy, weights.load(directory).params)
         params["quant_conv"]["bias"][:] = np.nan
