@@ -1,4 +1,4 @@
-"""LPIPS on its pinned weights. Beside the authors' implementation: tests/peers/test_lpips.py."""
+"""LPIPS on its pinned weights. Beside the authors' implementation: tests/peers/test_lpips_parity.py."""
 
 import functools
 
