@@ -213,8 +213,7 @@ def check_params(found: Weights, shape: VAEConfig, where: str) -> None:
     """Raises ConfigError naming the first array that is missing, too many, or of another shape than the VAE's."""
     video = jax.ShapeDtypeStruct((1, 1 + shape.stride[0], *shape.stride[1:], 3), jnp.float32)
     wanted = jax.eval_shape(CausalVAE(shape).init, jax.random.key(0), video)["params"]
-    wanted = {name: tuple(a.shape) for name, a in jax.tree_util.tree_leaves_with_path(wanted)}
-    wanted = {"/".join(k.key for k in path): s for path, s in wanted.items()}
+    wanted = {name: array.shape for name, array in weights_on_disk.flatten(wanted).items()}
     have = {name: array.shape for name, array in weights_on_disk.flatten(found.params).items()}
     for name in sorted(wanted.keys() | have.keys()):
         if wanted.get(name) != have.get(name):

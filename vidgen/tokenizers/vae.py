@@ -201,7 +201,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, start: bool) -> jax.Array:
-        c, block = self.config, nn.remat(Residual, static_argnums=(2,)) if self.remat else Residual
+        c, block = self.config, residual(self.remat)
         x = Conv(c.base_dim, (3, 3, 3), self.dtype, name="conv_in")(x, start)
         n = 0  # Wan 2.1 counts blocks and resamplings through all levels
         for level, (_, width) in enumerate(c.widths(True)):
@@ -249,7 +249,7 @@ class DownLevel(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, start: bool) -> jax.Array:
-        c, block = self.config, nn.remat(Residual, static_argnums=(2,)) if self.remat else Residual
+        c, block = self.config, residual(self.remat)
         width, slow = c.widths(True)[self.level][1], c.slow(self.level, True)
         last = self.level == len(c.dim_mult) - 1
         shortcut = average_down(x, width, 2 if slow else 1, 1 if last else 2)
@@ -270,7 +270,7 @@ class UpLevel(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, start: bool) -> jax.Array:
-        c, block = self.config, nn.remat(Residual, static_argnums=(2,)) if self.remat else Residual
+        c, block = self.config, residual(self.remat)
         width, slow = c.widths(False)[self.level][1], c.slow(self.level, False)
         last, given = self.level == len(c.dim_mult) - 1, x
         for i in range(c.num_res_blocks + 1):
@@ -283,6 +283,11 @@ class UpLevel(nn.Module):
         return Up(width // 2, slow, self.dtype, name="upsamplers_0")(x, start)
 
 
+def residual(remat: bool) -> type[nn.Module]:
+    """`Residual`, computed again in the backward pass if told so."""
+    return nn.remat(Residual, static_argnums=(2,)) if remat else Residual
+
+
 class Middle(nn.Module):
     """Residual, attention within each frame, residual."""
 
@@ -291,7 +296,7 @@ class Middle(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, start: bool) -> jax.Array:
-        block = nn.remat(Residual, static_argnums=(2,)) if self.remat else Residual
+        block = residual(self.remat)
         width = x.shape[-1]
         x = block(width, self.dtype, name="resnets_0")(x, start)
         x = FrameAttention(self.dtype, name="attentions_0")(x)
