@@ -4,7 +4,8 @@
     vidgen train --config configs/vae_real_clips.py --workdir runs/vae_real --input runs/real/shards
     vidgen evaluate --workdir runs/vae_real --suite reconstruction
 
-Clips of 17 frames of 32 x 72, 56 and 40 pixels, whole: a step has chunks of one of the three sizes.
+Clips of 17 frames of 32 x 75, 57 and 43 pixels, whole, and as far beyond their right edge as whole latents are: a step
+has chunks of one of the three sizes.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.data.source = "runs/real/shards"
 
-    c.vae.base_dim = 24
+    c.vae.base_dim = 32
     c.vae.dim_mult = (1, 2, 2)
     c.vae.temporal_downsample = (True, True)
     c.vae.num_res_blocks = 1
@@ -32,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.vae.remat = False
 
     # Larger clips give chunks of the smaller sizes too.
-    c.clips.shapes = ((17, 32, 72, 2), (17, 32, 56, 2), (17, 32, 40, 2))
+    c.clips.shapes = ((17, 32, 80, 2), (17, 32, 64, 2), (17, 32, 48, 2))
 
     c.reconstruction.l1 = 1.0
     c.reconstruction.l2 = 1.0

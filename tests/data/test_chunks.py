@@ -11,6 +11,7 @@ from vidgen.config import ConfigError
 from vidgen.data import chunks
 from vidgen.data.chunks import Chunks, Shape
 from vidgen.data.clip import BadClip, Clip, ClipSizes
+from vidgen.geometry import Geometry
 from vidgen.parallel.mesh import make_mesh
 
 STRIDE = (4, 8, 8)
@@ -46,7 +47,7 @@ def plan(shapes, weights=(), image_steps=0, sizes=SIZES, seed=3, **changes):
     c = configs.base().clips
     c.update(shapes=shapes, weights=weights, image_steps=image_steps)
     source = Clips(sizes, **changes)
-    return source, Chunks(source.sizes, c, chunks.shapes_of(c, STRIDE), seed)
+    return source, Chunks(source.sizes, c, chunks.shapes_of(c, STRIDE), STRIDE, seed)
 
 
 MIXED = ((1, 16, 16, 4), (5, 16, 16, 2), (9, 16, 16, 1))
@@ -85,12 +86,13 @@ def test_a_rare_shape_still_comes():
     assert collections.Counter(p.index(n) for n in range(chunks.CYCLE)) == {0: 1, 1: 254, 2: 1}
 
 
-def test_cuts_lie_inside_the_clip_and_differ():
+def test_cuts_lie_inside_the_clip_s_whole_latents_and_differ():
     source, p = plan(((1, 8, 8, 8),))
     starts = set()
     for n in range(40):
         for cut in p.step(n):
             size = tuple(int(c[cut.clip]) for c in (source.sizes.frames, source.sizes.height, source.sizes.width))
+            size = Geometry(STRIDE, (1, 1, 1), 1).cover(*size)
             assert all(0 <= s <= whole - part for s, whole, part in zip(cut.start, size, (1, 8, 8), strict=True))
             starts.add(cut.start)
     assert {t for t, _, _ in starts} == set(range(9)) and max(y for _, y, _ in starts) > 20  # of up to 32 - 8
@@ -185,3 +187,15 @@ def test_chunks_divide_over_the_mesh():
         chunks.check_fit([Shape(5, 16, 16, 6)], sizes, 2)
     with pytest.raises(ConfigError, match="height of 5x18x16 doesn't divide over context=4 devices; nearest: 16"):
         chunks.check_fit([Shape(5, 18, 16, 8)], sizes)
+
+
+def test_a_clip_reaches_to_whole_latents_and_its_edges_stand_several_times():
+    source, p = plan(((5, 16, 16, 1),), sizes=[(4, 13, 15), (3, 13, 15)])
+    (shape,) = p.shapes
+    assert p.eligible[0].tolist() == [0, 1] if STRIDE[0] > 2 else [0]
+    for n in range(3):
+        (cut,) = p.step(n)
+        video, reason = chunks.read_chunk(source, cut, shape)
+        clip = source.read(cut.clip, cut.epoch).video
+        wanted = np.pad(clip, [(0, b - a) for a, b in zip(clip.shape, (*shape.size, 3), strict=True)], mode="edge")
+        assert reason == "" and cut.start == (0, 0, 0) and np.array_equal(video, wanted)

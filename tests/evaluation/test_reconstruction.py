@@ -164,7 +164,7 @@ def test_what_it_cannot_do_is_said_in_a_line(config, without_extras, tmp_path):
     with pytest.raises(ConfigError, match="--tokenizer has no meaning with --suite moving_shapes"):
         evaluate.run(run, "moving_shapes", tokenizers=("patch",))
     write_config(str(tmp_path / "v"), override(config, {"task": "vae"}))
-    with pytest.raises(ConfigError, match="expected --suite reconstruction"):
+    with pytest.raises(ConfigError, match="vidgen evaluate --suite reconstruction"):
         evaluate.run(str(tmp_path / "v"), "moving_shapes")
     with pytest.raises(ConfigError, match="weights"):
         evaluate.run(str(tmp_path / "v"), "reconstruction")

@@ -43,7 +43,9 @@ def steps(config, count=2, devices=4, program=None):
     if program is None:
         program = build(config, autoencoding.mesh(config, jax.devices()[:devices]))
     source = open_source(config.data, "train")
-    plan = Chunks(source.sizes, config.clips, autoencoding.shapes(config), config.seed)
+    plan = Chunks(
+        source.sizes, config.clips, autoencoding.shapes(config), program.task.model.config.stride, config.seed
+    )
     state, seen = program.init(), []
     for n in range(count):
         state, metrics = program.step_after(n)(state, chunks.load(source, plan, n, program.mesh))

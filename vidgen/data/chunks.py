@@ -1,5 +1,8 @@
 """What a VAE learns from: chunks of one size a step, cut out of clips that are at least as large.
 
+A clip counts as large as whole latents make it: where its size is no multiple of theirs, its last frame, row and
+column stand several times, as they do when it is encoded, so that a VAE knows such edges.
+
 Which chunk stands where follows from (seed, step, slot) and the index of clip sizes by arithmetic, as rows of tokens do
 in `packing.py`, so that a run resumes anywhere, on any mesh, and nothing is saved.
 """
@@ -133,30 +136,30 @@ class Chunks:
 
     Attributes:
       shapes: that a step may have.
-      eligible: for each shape, the clips that are at least as large, [n] i64.
+      eligible: for each shape, the clips that are, in whole latents, at least as large, [n] i64.
       too_small: clips that are smaller than every shape, and stay out.
     """
 
-    def __init__(self, sizes: ClipSizes, c: ConfigDict, shapes: Sequence[Shape], seed: int):
+    def __init__(self, sizes: ClipSizes, c: ConfigDict, shapes: Sequence[Shape], stride: Grid, seed: int):
         """Raises ConfigError if no clip is as large as one of the shapes.
 
         Args:
           sizes: of the clips.
           c: `config.clips`.
           shapes: of `shapes_of`.
+          stride: of the VAE, as for `shapes_of`.
           seed: of all that is drawn.
         """
-        self.shapes, self._seed, self._sizes = tuple(shapes), seed, sizes
-        self.eligible = [
-            np.flatnonzero((sizes.frames >= s.frames) & (sizes.height >= s.height) & (sizes.width >= s.width))
-            for s in shapes
-        ]
+        self.shapes, self._seed = tuple(shapes), seed
+        columns = Geometry(stride, (1, 1, 1), 1).cover(sizes.frames, sizes.height, sizes.width)
+        self._covered = np.stack(columns, axis=-1)
+        self.eligible = [np.flatnonzero((self._covered >= s.size).all(-1)) for s in shapes]
         for shape, clips in zip(shapes, self.eligible, strict=True):
             if not len(clips):
-                most = "x".join(str(int(column.max())) for column in (sizes.frames, sizes.height, sizes.width))
+                most = "x".join(str(int(n)) for n in self._covered.max(axis=0))
                 raise ConfigError(
                     f"config.clips.shapes: none of the {len(sizes)} clips is as large as {shape.text}; they are "
-                    f"{most} at most (frames, height, width, each on its own); take a smaller shape"
+                    f"{most} at most (frames, height, width, each on its own, in whole latents); take a smaller shape"
                 )
         used = np.zeros(len(sizes), bool)
         for clips in self.eligible:
@@ -203,14 +206,10 @@ class Chunks:
         places = self._before(step, index) * shape.count + np.arange(shape.count)
         epochs, orders = np.divmod(places, len(clips))
         chosen = clips[permute(orders, len(clips), self._seed, _SHUFFLE, index, epochs)]
-        free = (
-            self._sizes.frames[chosen] - shape.frames,
-            self._sizes.height[chosen] - shape.height,
-            self._sizes.width[chosen] - shape.width,
-        )
+        free = (self._covered[chosen] - shape.size).astype(np.uint64)
         starts = [
-            (mix(self._seed, _CUT, index, places, axis) % (n.astype(np.uint64) + np.uint64(1))).astype(np.int64)
-            for axis, n in enumerate(free)
+            (mix(self._seed, _CUT, index, places, axis) % (free[:, axis] + np.uint64(1))).astype(np.int64)
+            for axis in range(3)
         ]
         return [
             Cut(int(clip), int(epoch), (int(t), int(y), int(x)))
@@ -238,8 +237,12 @@ def read_chunk(source: Source, cut: Cut, shape: Shape) -> tuple[np.ndarray, str]
         video = read_clip(source, cut.clip, cut.epoch).video
     except BadClip as error:
         return np.zeros((*shape.size, 3), np.uint8), str(error)
-    t, y, x = cut.start
-    return video[t : t + shape.frames, y : y + shape.height, x : x + shape.width].copy(), ""
+    # Beyond the clip's end, its last frame, row and column.
+    inside = (
+        np.minimum(np.arange(first, first + n), most - 1)
+        for first, n, most in zip(cut.start, shape.size, video.shape[:3], strict=True)
+    )
+    return video[np.ix_(*inside)], ""
 
 
 def host_chunks(
