@@ -95,17 +95,37 @@ def base() -> ConfigDict:
     reconstruction.gan_video = True  # a critic of clips beside the one of frames
 
     c.text = text = ConfigDict()
-    text.width = 256  # E
+    text.name = "bytes"  # bytes: small, trained with the denoiser | t5 | umt5: frozen, from text.weights
+    text.weights = ""  # of t5 and umt5: a directory of `vidgen import`, with the tokenizer's files beside it
+    text.pad = 0  # places of a row that each caption fills, zeros behind its end, which are attended to (Wan); 0: none
+    text.width = 256  # E; t5 and umt5 have their own
     text.layers = 2
     text.heads = 4
 
     c.model = model = ConfigDict()
+    model.backbone = "dit"  # dit | uvit: see vidgen/models/
+    model.weights = ""  # training starts from these: a directory of `vidgen import`, or a run's; empty: from nothing
     model.width = 384
     model.layers = 12
     model.heads = 6
     model.mlp_ratio = 4.0
+    model.mlp_dim = 0  # hidden width of the MLP; 0: mlp_ratio · width
+    model.bias = False  # of attention's projections
+    model.qk_norm = "head"  # RMS norm of queries and keys: head (each alone) | joint (all heads together) | none
+    model.rope = True  # whether queries and keys are turned by where they are
+    model.rope_pairs = ()  # turned pairs of a head along (t, y, x); empty: a third each
     model.rope_theta = 100.0  # of the 3D rotary embedding; coordinates are small numbers
-    model.absolute = True  # tokens also know where they are, not just how far from each other
+    model.absolute = "projected"  # where tokens are, beside how far apart: projected | sincos (DiT's) | table | none
+    model.table = ()  # (t, y, x) tokens of the largest clip, of absolute="table" and "sincos"
+    model.cross = True  # blocks attend to the text
+    model.cross_norm = False  # tokens go through a norm with weights before they attend to the text (Wan)
+    model.final = "modulation"  # shift and scale before the head: modulation (a layer) | table (adaLN-single's, Wan)
+    model.classes = 0  # labels that a clip may have, and one more for none: read from batch.vectors[..., 0]
+    model.level_per_block = False  # each block embeds noise levels and labels on its own (diffusers' DiT, untied)
+    model.learned_sigma = False  # the head puts out a variance beside the prediction, kept but not trained (DiT)
+    model.cond = 0  # numbers a token of batch.cond, channels beside the noisy ones
+    model.image_width = 0  # of image features in batch.context["image"], attended beside the text (Wan I2V)
+    model.image_tokens = 0  # with learned positions for so many image features (Wan FLF2V); 0: none
     model.shared_modulation = False  # one modulation layer for all blocks (adaLN-single) instead of one each
     model.text_mlp = False  # text goes through two matrices to the model's width before blocks attend to it
     model.time_in_seconds = False  # t coordinates in seconds × 8 instead of latent frames
@@ -122,12 +142,28 @@ def base() -> ConfigDict:
     objective.time_mean = 0.0  # logit-normal noise levels: logit(t) ~ N(mean, std), t = 1 is pure noise
     objective.time_std = 1.0
     objective.time_min = 0.05  # loss weights in 1/t or 1/(1-t) stop growing here
+    objective.time_range = (0.0, 1.0)  # noise levels trained at, after the shift: of one expert of several (Wan 2.2)
     objective.shift = 1.0  # of noise levels at `shift_tokens`; grows with sqrt(tokens of the clip / shift_tokens)
     objective.shift_tokens = 0  # 0: the same shift at every size
     objective.caption_dropout = 0.1  # share of clips trained without their caption, for guidance
 
+    # What of a clip may be given, in training and in sampling; see vidgen/conditioning/.
+    c.control = control = ConfigDict()
+    control.masks = ()  # ((first | first_last | extend, share of the clips trained with that much of them given), …)
+    control.channels = "none"  # how the model is told what is given: none (by level 0 alone) | wan (mask and latents)
+
+    # Low-rank updates beside frozen matrices (Hu et al., arXiv:2106.09685); needs model.weights.
+    c.lora = lora = ConfigDict()
+    lora.rank = 0  # 0: all weights train
+    lora.alpha = 0.0  # updates are scaled by alpha / rank; 0: by 1
+    lora.targets = r"blocks/.*(attention|cross)/(query|key|value|out)$"  # regex of the layers that have them
+
     c.optimizer = optimizer = ConfigDict()
-    optimizer.name = "muon"  # muon: for the matrices inside blocks, AdamW for the rest | adamw
+    optimizer.name = "muon"  # muon: for the matrices inside blocks, AdamW for the rest | adamw | adafactor | galore
+    optimizer.groups = ()  # ((path regex, {"lr": factor, "weight_decay": number, "frozen": bool}), …): first match
+    optimizer.galore_rank = 0.25  # of galore: share of a matrix's smaller side that its gradient is projected to
+    optimizer.galore_every = 200  # steps between new projections
+    optimizer.galore_scale = 0.25  # of the update, as projected back
     optimizer.lr = 1e-3  # peak, of AdamW
     optimizer.muon_lr = 0.02  # peak, of Muon
     optimizer.schedule = "cosine"  # cosine | constant | linear | wsd: constant, then a linear fall over the last fifth
