@@ -1,5 +1,6 @@
 """Four virtual CPU devices for every test, and a config small enough to compile in seconds."""
 
+import contextlib
 import os
 import tempfile
 
@@ -38,6 +39,29 @@ def make_tiny():
 @pytest.fixture
 def tiny():
     return make_tiny()
+
+
+@pytest.fixture
+def stopped_at_three(monkeypatch):
+    """Within it, a training run is asked to end after its third step, as by SIGTERM."""
+    from vidgen import train
+
+    class StopAtThree(train.StopSignal):
+        asked = 0
+
+        @property
+        def requested(self):
+            self.asked += 1
+            self.name = "SIGTERM" if self.asked >= 3 else ""
+            return bool(self.name)
+
+    @contextlib.contextmanager
+    def within():
+        with monkeypatch.context() as m:
+            m.setattr(train, "StopSignal", StopAtThree)
+            yield
+
+    return within
 
 
 @pytest.fixture(scope="module")

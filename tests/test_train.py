@@ -72,21 +72,10 @@ def test_a_run_leaves_what_it_says(straight):
     assert len(asked) == 6 and asked == list(left.sample.prompts)
 
 
-def test_stopping_and_going_on_equals_never_having_stopped(straight, tmp_path, monkeypatch):
+def test_stopping_and_going_on_equals_never_having_stopped(straight, tmp_path, stopped_at_three):
     """2N steps = N steps, SIGTERM, N steps: every array bit for bit, though samples and held-out loss come between."""
     workdir, _ = straight
-
-    class StopAtThree(train.StopSignal):
-        asked = 0
-
-        @property
-        def requested(self):
-            StopAtThree.asked += 1
-            self.name = "SIGTERM" if StopAtThree.asked >= 3 else ""
-            return bool(self.name)
-
-    with monkeypatch.context() as m:
-        m.setattr(train, "StopSignal", StopAtThree)
+    with stopped_at_three():
         first = train.run(config(checkpoint_every=100), str(tmp_path))
     assert first.step == 3 and first.stopped_by == "SIGTERM"
     second = train.run(config(checkpoint_every=100), str(tmp_path))

@@ -124,21 +124,10 @@ def test_its_weights_are_the_average_with_the_latents_measured(straight):
     np.testing.assert_allclose(shape.latents_mean, mean.mean((0, 1, 2, 3)), atol=0.2 * std.max())
 
 
-def test_stopping_and_going_on_equals_never_having_stopped(straight, tmp_path, monkeypatch):
+def test_stopping_and_going_on_equals_never_having_stopped(straight, tmp_path, stopped_at_three):
     """Every array bit for bit, over the steps where shapes change and critics join."""
     workdir, _ = straight
-
-    class StopAtThree(train.StopSignal):
-        asked = 0
-
-        @property
-        def requested(self):
-            StopAtThree.asked += 1
-            self.name = "SIGTERM" if StopAtThree.asked >= 3 else ""
-            return bool(self.name)
-
-    with monkeypatch.context() as m:
-        m.setattr(train, "StopSignal", StopAtThree)
+    with stopped_at_three():
         assert train.run(make_config(**{"train.checkpoint_every": 100}), str(tmp_path)).step == 3
     assert train.run(make_config(**{"train.checkpoint_every": 100}), str(tmp_path)).step == 6
     (a, facts), (b, others) = saved(workdir, 6), saved(tmp_path, 6)
