@@ -12,23 +12,20 @@ Needs the extra [peers]. vidgen runs under --python (this one unless given), whi
 """
 
 import argparse
-import ctypes
-import gc
+import functools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
+import turns
 
 METHODS = ("encode", "decode")
 CHILDREN = ("diffusers", "whole", "chunked")  # vidgen twice: clips at once, and in time chunks
 TITLES = {"diffusers": "diffusers, eager torch", "whole": "vidgen, whole clip", "chunked": "vidgen, time chunks"}
-REST = 0.5  # seconds between turns, for the other's threads to stop spinning
 
 
 def main():
@@ -46,13 +43,13 @@ def main():
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        serve(args)
+        turns.serve(args.cores, lambda: load(args))
         return
     with tempfile.TemporaryDirectory(prefix="vae-speed-") as directory:
         args.directory = Path(directory)
         prepare(args)
         seconds, cpu, difference, versions = speed(args)
-        memory = {child: {method: peak(args, child, method) for method in METHODS} for child in CHILDREN}
+        memory = {name: {method: peak(args, name, method) for method in METHODS} for name in CHILDREN}
     result = {
         "clip": [args.batch, 3, args.frames, args.size, args.size],
         "base_dim": args.base_dim,
@@ -91,20 +88,15 @@ def prepare(args):
 def speed(args):
     """Medians of seconds and of the process's CPU seconds, largest differences to diffusers, each as
     {child: {method: number}}, and {child: what it runs on}."""
-    children = {child: Child(args, child) for child in CHILDREN}
+    children = {name: child(args, name) for name in CHILDREN}
     try:
-        for child in children.values():
+        for one in children.values():
             for method in METHODS:
-                child.ask(f"check {method}")
-        found = {c: {m: [] for m in METHODS} for c in CHILDREN}
-        for _ in range(args.repeats):
-            for method in METHODS:
-                for name, child in children.items():
-                    time.sleep(REST)
-                    found[name][method].append(child.ask(method))
+                one.ask(f"check {method}")
+        found = turns.in_turns(children, METHODS, args.repeats)
     finally:
-        for child in children.values():
-            child.close()
+        for one in children.values():
+            one.close()
     medians = [
         {c: {m: statistics.median(pair[i] for pair in found[c][m]) for m in METHODS} for c in CHILDREN} for i in (0, 1)
     ]
@@ -112,70 +104,40 @@ def speed(args):
     difference = {
         c: {m: float(np.abs(outputs[c, m] - outputs["diffusers", m]).max()) for m in METHODS} for c in CHILDREN[1:]
     }
-    return *medians, difference, {name: child.words for name, child in children.items()}
+    return *medians, difference, {name: one.words for name, one in children.items()}
 
 
 def peak(args, name, method):
     """[first call, second call] in MiB above the loaded weights."""
-    child = Child(args, name)
+    one = child(args, name)
     try:
-        return [child.ask(f"memory {method}") for _ in range(2)]
+        return [one.ask(f"memory {method}") for _ in range(2)]
     finally:
-        child.close()
+        one.close()
 
 
-class Child:
-    """A process that has one implementation loaded and does what it is asked, one line each."""
-
-    def __init__(self, args, name):
-        python = sys.executable if name == "diffusers" else args.python
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [python, __file__, "--child", name, "--directory", str(args.directory), "--cores", str(args.cores)]
-        environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(args.cores)}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self._name = name
-        self.words = self.ask("ready")
-
-    def ask(self, line):
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"vae_speed: {TITLES[self._name]} ended at {line!r}; its error is above")
-        return json.loads(answer)
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait()
+def child(args, name):
+    """A process that has one implementation loaded."""
+    python = sys.executable if name == "diffusers" else args.python
+    return turns.Child(__file__, name, python, args.cores, ["--directory", str(args.directory)])
 
 
-def serve(args):
-    """A child's life: load, then answer."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
+def load(args):
+    """What a child answers with, and what it runs on."""
     call, words = load_torch(args) if args.child == "diffusers" else load_vidgen(args)
     inputs = {method: np.load(args.directory / f"{method}.npy") for method in METHODS}
-    tidy()
-    loaded = status("VmRSS")
-    for line in sys.stdin:
-        *what, method = line.split()
-        if method == "ready":
-            answer = words
-        elif what == ["check"]:
-            np.save(args.directory / f"{args.child}.{method}.npy", call(method, inputs[method]))
-            answer = 0
-        elif what == ["memory"]:
-            tidy()
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-            call(method, inputs[method])
-            answer = (status("VmHWM") - loaded) / 1024
-        else:
-            wall, cpu = time.perf_counter(), time.process_time()
-            call(method, inputs[method])
-            answer = time.perf_counter() - wall, time.process_time() - cpu
-        print(json.dumps(answer), flush=True)
+    turns.tidy()
+    loaded = turns.status("VmRSS")
+
+    def answer(*what):
+        *what, method = what
+        run = functools.partial(call, method, inputs[method])
+        if what == ["check"]:
+            np.save(args.directory / f"{args.child}.{method}.npy", run())
+            return 0
+        return (turns.most_resident(run) - loaded) / 1024 if what == ["memory"] else turns.timed(run)
+
+    return answer, words
 
 
 def load_torch(args):
@@ -214,18 +176,6 @@ def load_vidgen(args):
         return np.moveaxis(out, -1, 1)
 
     return call, f"jax {jax.__version__}, Python {sys.version.split()[0]}"
-
-
-def tidy():
-    """Frees what nobody holds."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-
-
-def status(key):
-    """A figure of /proc/self/status, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key + ":")).split()[1])
 
 
 def table(r):
