@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import text_weights
 
 from vidgen import config as configs
 from vidgen import encode, weights
@@ -23,6 +24,7 @@ from vidgen.data.latents import EncodedClip, Layout
 from vidgen.data.packing import Packing
 from vidgen.data.sources import open_source
 from vidgen.geometry import Geometry
+from vidgen.text import frozen
 from vidgen.tokenizers import base
 from vidgen.tokenizers.vae import CausalVAE, VAEConfig
 
@@ -300,3 +302,60 @@ def test_clips_of_one_size_are_encoded_together(config, monkeypatch):
     assert sum(batches, []) == list(range(24))
     monkeypatch.setattr(encode, "CLIP_PIXELS", 1)
     assert [len(b) for b in encode._batches(list(range(21)), fitted, tokenizer)] == [4] * 5 + [1]
+
+
+@pytest.fixture
+def captioned(config, tmp_path):
+    """With a frozen text encoder."""
+    pytest.importorskip("tokenizers")
+    config.text.update(name="umt5", weights=text_weights.make_encoder(tmp_path / "pipeline"))
+    config.rows.caption = 24
+    return config
+
+
+@pytest.mark.parametrize("pad", [0, 32])
+def test_values_of_captions_from_a_cache_are_those_made_online(captioned, tmp_path, pad):
+    config = captioned
+    config.text.pad = pad
+    result = encode.run(config, str(tmp_path / "cache"))
+    assert result.clips == 64 and result.captions_cut > 0
+    assert f"cut to config.rows.caption: {result.captions_cut}" in encode.summary(result)
+    tokenizer, source, _ = setup(config)
+    text = frozen.from_config(config)
+    cache = latents.CachedClips(str(tmp_path / "cache"), source, tokenizer, text)
+    packing = feed.plan(cache, tokenizer, config, text)
+    rows = [tuple(p._replace(epoch=0) for p in row) for row in packing.step(1)]
+    online = feed._stack([feed.build_row(source, row, tokenizer, config, text)[0] for row in rows])
+    unused = frozen.from_config(config)  # whose weights are only hashed: nothing is encoded again
+    config.data.latents = str(tmp_path / "cache")
+    read = feed.host_rows(latents.open_clips(config, tokenizer, unused), packing, tokenizer, config, 1, text=unused)
+    assert not unused.shapes and online.context["text"][0].any() and online.context["empty"][0].any()
+    for name in ("text", "empty"):
+        jax.tree.map(np.testing.assert_array_equal, read.context[name], online.context[name])
+    assert f"captions of at most {text.limit} tokens" in latents.notes(source, packing, tokenizer, config, text)[0]
+    # Its own rerun finds nothing to do; a text file that is lost comes back.
+    (tmp_path / "cache" / "text.safetensors").unlink()
+    with pytest.raises(ConfigError, match="text.safetensors: no such file"):
+        latents.open_clips(config, tokenizer, unused)
+    assert encode.run(config, str(tmp_path / "cache")).encoded == 0
+    latents.open_clips(config, tokenizer, unused)
+
+
+def test_a_cache_of_other_values_is_refused_by_name(captioned, tmp_path):
+    config = captioned
+    encode.run(config, str(tmp_path / "cache"))
+    config.data.latents = str(tmp_path / "cache")
+
+    def refused(says, **changes):
+        other = configs.override(config, {key.replace("__", "."): value for key, value in changes.items()})
+        text = frozen.from_config(other)
+        with pytest.raises(ConfigError, match=rf"--output .*something else \({says}"):
+            encode.run(other, str(tmp_path / "cache"))
+        with pytest.raises(ConfigError, match=rf"config.data.latents=.*something else \({says}"):
+            latents.open_clips(other, base.from_config(other.tokenizer), text)
+
+    refused("config.rows.caption: 24 there, 20 here\\)", rows__caption=20)
+    again = text_weights.make_encoder(tmp_path / "other", seed=1)
+    digests = [frozen.from_config(config).digest, weights.digest_of(again)]
+    refused(f"text encoder and tokenizer: {digests[0]} there, {digests[1]}-[0-9a-f]+ here\\)", text__weights=again)
+    refused("text encoder and tokenizer: .* there, not known here", text__name="bytes", text__weights="")

@@ -22,10 +22,12 @@ class TokenBatch:
       coords: [B,S,3] f32, (t, y, x) in patches; t in seconds where the config says so.
       segment: [B,S] i32, 0 = padding, 1..K = the row's clips.
       level: [B,S] i32 in [0, N), which of the row's noise levels a token has; known tokens have level 0.
-      known: [B,S,P] bool or None, True = given, keep it (first frame, region, clip to extend).
+      known: [B,S,P] bool, or [B,S,1] where whole tokens are, or None; True = given, keep it (first frame, region, clip
+        to extend).
       cond: [B,S,C] f32 or None, extra channels beside the noisy tokens.
       vectors: [B,N,V] f32 or None, class, fps, camera, action.
-      context: name → (values [B,L,E] f32 or ids [B,L] i32, segment [B,L] i32): what is attended to.
+      context: name → (values [B,L,E] f32 or ids [B,L] i32, segment [B,L] i32): what is attended to. "empty" is attended
+        to by nobody: of a frozen text encoder, the empty prompt [B,1,E], which a dropped caption becomes.
       clip: [B,K] i32, which clip of the index each segment is, -1 where there is none; its shape says what K is. None
         where rows hold one clip each, in sampling.
     """

@@ -110,11 +110,13 @@ def base() -> ConfigDict:
     model.heads = 6
     model.mlp_ratio = 4.0
     model.mlp_dim = 0  # hidden width of the MLP; 0: mlp_ratio · width
+    model.mlp_eps = 1e-6  # of the norm before the MLP (diffusers' DiT: 1e-5); all other norms of tokens have 1e-6
     model.bias = False  # of attention's projections
     model.qk_norm = "head"  # RMS norm of queries and keys: head (each alone) | joint (all heads together) | none
     model.rope = True  # whether queries and keys are turned by where they are
     model.rope_pairs = ()  # turned pairs of a head along (t, y, x); empty: a third each
     model.rope_theta = 100.0  # of the 3D rotary embedding; coordinates are small numbers
+    model.level_theta = 10_000.0  # the longest wavelength that noise levels, times 1000, are told in, over 2π
     model.absolute = "projected"  # where tokens are, beside how far apart: projected | sincos (DiT's) | table | none
     model.table = ()  # (t, y, x) tokens of the largest clip, of absolute="table" and "sincos"
     model.cross = True  # blocks attend to the text
@@ -208,9 +210,12 @@ def base() -> ConfigDict:
     sample.height = 32
     sample.width = 32
     sample.fps = 8.0
-    sample.solver = "euler"  # euler | heun | ddim
+    sample.solver = "euler"  # euler | heun | ddim | unipc | flow_match_euler: see vidgen/diffusion/solvers.py
     sample.steps = 24
     sample.guidance = 2.0  # classifier-free; 1: none
+    sample.expert = ""  # weights of another denoiser, for the noise levels on the other side of sample.boundary
+    sample.boundary = 0.0  # with two: noise level from which on the one for high noise draws (Wan 2.2: 0.875)
+    sample.guidance_2 = 0.0  # of the one for low noise; 0: sample.guidance
     sample.eta = 0.0  # of ddim: share of the noise that each step draws anew
     return c.lock()
 
@@ -283,6 +288,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "sample.fps": (1e-3, 1e4),
     "sample.steps": (1, 100_000),
     "sample.guidance": (-1e3, 1e3),
+    "sample.guidance_2": (-1e3, 1e3),
+    "sample.boundary": (0, 1),
     "sample.eta": (0, 1),
 }
 

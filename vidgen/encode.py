@@ -1,4 +1,4 @@
-"""`vidgen encode`: clips in, a cache of their latents out, so that training runs no VAE."""
+"""`vidgen encode`: clips in, a cache of their latents out, so that training runs no VAE and no text encoder."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vidgen import config as configs
+from vidgen import weights
 from vidgen.config import ConfigError
 from vidgen.data import latents
 from vidgen.data.clip import BadClip
@@ -28,6 +29,8 @@ from vidgen.data.latents import EncodedClip, Layout
 from vidgen.data.progress import Progress
 from vidgen.data.shards import disk_errors
 from vidgen.data.sources import Source, open_source
+from vidgen.text import frozen
+from vidgen.text.frozen import FrozenEncoder
 from vidgen.tokenizers import base as tokenizers
 from vidgen.tokenizers.learned import LearnedTokenizer
 from vidgen.training.resilience import only_one
@@ -47,6 +50,8 @@ class Result:
       passes: over the source.
       bad: reason → clips that could not be encoded; training leaves padding in their place, as it would online.
       refused: clips of a pass that have no whole token or no size in the index; packing never places them.
+      captions_cut: captions that this call met and that are longer than config.rows.caption; none of bytes, which
+        are cut in training.
       shards, bytes: of the records.
       encoded: clips that this call encoded; fewer than `clips` where it went on from an earlier one.
     """
@@ -56,6 +61,7 @@ class Result:
     passes: int
     bad: dict[str, int]
     refused: int
+    captions_cut: int
     shards: int
     bytes: int
     encoded: int
@@ -66,7 +72,8 @@ def run(config: ConfigDict, output: str, *, passes: int = 1) -> Result:
 
     Shards are finished one by one, whole or not at all, so a kill costs a part of one. A finished cache is left alone;
     with more `passes` than it holds, the further ones are added. What it holds of a clip is the largest clip of whole
-    tokens in it, from its first frame and the middle of its pictures.
+    tokens in it, from its first frame and the middle of its pictures, and with config.text.name=t5 or umt5 the float32
+    values of its caption.
 
     Args:
       config: of the denoiser that is to train; config.tokenizer.name is vae.
@@ -84,24 +91,26 @@ def run(config: ConfigDict, output: str, *, passes: int = 1) -> Result:
     tokenizer = tokenizers.from_config(config.tokenizer)
     if not tokenizer.learned:
         raise ConfigError(
-            f"config.tokenizer.name={config.tokenizer.name}: its latents are made in the step, and need no cache; "
-            "expected vae"
+            f"config.tokenizer.name={config.tokenizer.name}: its latents are made in the step, and need no cache, "
+            "and a text encoder remembers captions while it trains; expected vae"
         )
+    text = frozen.from_config(config)
     source = open_source(config.data, "train")
-    layout = Layout(source.sizes, tokenizer.geometry)
+    layout = Layout(source.sizes, tokenizer.geometry, text)
     if not len(layout.order):
         raise ConfigError(f"config.data.source={config.data.source}: no clip has a whole token")
-    with _claimed(Path(output), latents.key(source, tokenizer)) as out:
-        passes, encoded = _complete(out, source, layout, tokenizer, config, passes)
-        return _result(out, layout, len(source.sizes), passes, encoded)
+    with _claimed(Path(output), latents.key(source, tokenizer, text)) as out:
+        passes, encoded = _complete(out, source, layout, tokenizer, text, config, passes)
+        return _result(out, layout, len(source.sizes), passes, encoded, text)
 
 
 def summary(result: Result) -> str:
     """The result in a few lines for people."""
     bad = ", ".join(f"{count} {reason}" for reason, count in result.bad.items()) or "none"
     size = f"{result.bytes / 2**20:.1f} MiB in {result.shards} shards"
+    cut = f"; captions cut to config.rows.caption: {result.captions_cut}" if result.captions_cut else ""
     return (
-        f"{result.path}: {result.clips} clips in {result.passes} pass(es), {size}; bad: {bad}\n"
+        f"{result.path}: {result.clips} clips in {result.passes} pass(es), {size}; bad: {bad}{cut}\n"
         f"train from it with --config.data.latents={result.path}"
     )
 
@@ -129,7 +138,13 @@ def _claimed(out: Path, key: dict[str, str]) -> Iterator[Path]:
 
 
 def _complete(
-    out: Path, source: Source, layout: Layout, tokenizer: LearnedTokenizer, config: ConfigDict, passes: int
+    out: Path,
+    source: Source,
+    layout: Layout,
+    tokenizer: LearnedTokenizer,
+    text: FrozenEncoder | None,
+    config: ConfigDict,
+    passes: int,
 ) -> tuple[int, int]:
     """Makes what is missing; (passes that the cache holds, clips encoded now)."""
     try:
@@ -147,6 +162,8 @@ def _complete(
 
     total = max(passes, held) * layout.shards
     missing = [n for n in range(total) if not stands(n)]
+    if text and not (out / latents.TEXT).exists():
+        _write_safetensors(out / latents.TEXT, {"empty": text.empty})
     if held >= passes and not missing:
         print(f"{out}: already holds {held} pass(es) of these clips; nothing to do", file=sys.stderr)
         return held, 0
@@ -156,7 +173,10 @@ def _complete(
         print(f"{out}: going on, {total - len(missing)} of {total} shards are there", file=sys.stderr)
     clips = [layout.shard(number)[1] for number in missing]
     size, free = int(sum(layout.bytes[layout.place[some]].sum() for some in clips)), shutil.disk_usage(out).free
-    about = f"{sum(map(len, clips))} clips to encode, {size / 2**30:.3g} GiB of latents in {len(missing)} shards"
+    longest = " and captions, at most," if text else ""  # how long they are shows as they are read
+    about = (
+        f"{sum(map(len, clips))} clips to encode, {size / 2**30:.3g} GiB of latents{longest} in {len(missing)} shards"
+    )
     if size > free:
         raise ConfigError(f"--output {out}: {about}, but {free / 2**30:.3g} GiB of disk are free")
     print(f"{out}: {about}", file=sys.stderr)
@@ -168,7 +188,7 @@ def _complete(
     with contextlib.closing(progress), concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for number in missing:
             with _shard(latents.shard_path(out, number)) as add:
-                for clip, epoch, found in _encoded(source, layout, tokenizer, pool, number):
+                for clip, epoch, found in _encoded(source, layout, tokenizer, text, pool, number):
                     reason = str(found) if isinstance(found, BadClip) else ""
                     add(found, _row(source, layout, clip, epoch, reason))
                     counts.update(clips=1, pixels=int(pixels[clip]), bad=bool(reason))
@@ -181,7 +201,12 @@ def _complete(
 
 
 def _encoded(
-    source: Source, layout: Layout, tokenizer: LearnedTokenizer, pool: concurrent.futures.Executor, number: int
+    source: Source,
+    layout: Layout,
+    tokenizer: LearnedTokenizer,
+    text: FrozenEncoder | None,
+    pool: concurrent.futures.Executor,
+    number: int,
 ) -> Iterator[tuple[int, int, EncodedClip | BadClip]]:
     """(clip, pass, what came of it) of a shard in order; the next batch is read while one is encoded."""
     epoch, clips = layout.shard(number)
@@ -206,8 +231,12 @@ def _encoded(
             devices = jax.local_device_count()
             shared = devices if len(batch) % devices == 0 else 1
             moments = iter(tokenizer.encode_clips(np.stack(videos), shared))
+            values = iter(text.encode([one.caption for one in good]) if text else [None] * len(good))
         for clip, one in zip(batch, found, strict=True):
-            yield clip, epoch, one if isinstance(one, BadClip) else EncodedClip(next(moments), one.caption, one.fps)
+            if isinstance(one, BadClip):
+                yield clip, epoch, one
+            else:
+                yield clip, epoch, EncodedClip(next(moments), one.caption, one.fps, next(values))
 
 
 def _batches(clips: list[int], fitted: np.ndarray, tokenizer: LearnedTokenizer) -> Iterator[list[int]]:
@@ -273,7 +302,7 @@ def _finish(out: Path, layout: Layout, passes: int) -> None:
     _write_json(out / latents.CACHE, {"passes": passes, "shards": shards, "bad": bad})
 
 
-def _result(out: Path, layout: Layout, clips: int, passes: int, encoded: int) -> Result:
+def _result(out: Path, layout: Layout, clips: int, passes: int, encoded: int, text: FrozenEncoder | None) -> Result:
     cache = latents.read_json(out / latents.CACHE)
     bad = Counter(entry["reason"] for entry in cache["bad"])
     return Result(
@@ -282,6 +311,7 @@ def _result(out: Path, layout: Layout, clips: int, passes: int, encoded: int) ->
         passes=passes,
         bad=dict(bad.most_common()),
         refused=clips - len(layout.order),
+        captions_cut=text.cut if text else 0,
         shards=len(cache["shards"]),
         bytes=sum(shard["bytes"] for shard in cache["shards"]),
         encoded=encoded,
@@ -291,4 +321,10 @@ def _result(out: Path, layout: Layout, clips: int, passes: int, encoded: int) ->
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     part = Path(f"{path}.part")
     part.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _write_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    part = Path(f"{path}.part")
+    weights.write_safetensors(str(part), arrays)
     os.replace(part, path)

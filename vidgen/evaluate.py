@@ -12,9 +12,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vidgen import sample
+from vidgen.conditioning import given
 from vidgen.config import ConfigError
+from vidgen.data.scenes import render
 from vidgen.data.sources import open_source
-from vidgen.evaluation import memorised, moving_shapes
+from vidgen.evaluation import memorised, moving_shapes, quality
 from vidgen.studio import media
 from vidgen.training.checkpoint import Checkpoints, read_config
 
@@ -112,19 +114,53 @@ def newest_step(workdir: str) -> int | None:
 
 def _moving_shapes(config: ConfigDict, generator, params, count: int, seed: int) -> tuple[dict, list[np.ndarray]]:
     """Held-out combinations of attributes, judged by parsing the clips; see `evaluation/moving_shapes.py`."""
-    size = (config.sample.frames, config.sample.height, config.sample.width)
-    shapes = ConfigDict(config.data.moving_shapes)
-    shapes.sizes = (size,)
-    asked = moving_shapes.prompts(shapes, count, seed)
+    asked = _asked(config, count, seed)
     texts = [prompt.text for prompt in asked]
     videos = sample.draw(config, generator, params, texts, seeds=range(seed, seed + count), zipped=True)
     verdicts = [moving_shapes.judge(video, prompt.scene) for video, prompt in zip(videos, asked, strict=True)]
+    return moving_shapes.summary(verdicts) | {"per_prompt": _per_prompt(asked, verdicts)}, videos
+
+
+def _asked(config: ConfigDict, count: int, seed: int) -> list[moving_shapes.Prompt]:
+    """Prompts of held-out combinations at the size of the run's samples."""
+    shapes = ConfigDict(config.data.moving_shapes)
+    shapes.sizes = ((config.sample.frames, config.sample.height, config.sample.width),)
+    return moving_shapes.prompts(shapes, count, seed)
+
+
+def _per_prompt(asked: list[moving_shapes.Prompt], verdicts: list[moving_shapes.Verdict]) -> list[dict[str, Any]]:
     fields = ("shape", "colour", "motion", "count", "all_right", "permanence")
-    per_prompt = [
+    return [
         {"prompt": p.text} | {f: getattr(v, f) for f in fields} | {"flicker": v.flicker, "seen": _told(v.seen)}
         for p, v in zip(asked, verdicts, strict=True)
     ]
-    return moving_shapes.summary(verdicts) | {"per_prompt": per_prompt}, videos
+
+
+def _first_frame(config: ConfigDict, generator, params, count: int, seed: int) -> tuple[dict, list[np.ndarray]]:
+    """The same, given the true clip's first frame beside its caption, and its PSNR. Shows truths and what was drawn."""
+    if config.data.source != "moving_shapes":
+        raise ConfigError(
+            f"config.data.source={config.data.source}: the suite first_frame judges moving shapes; expected a run on "
+            "data.source=moving_shapes"
+        )
+    given.check_kind(config, "first")
+    asked = _asked(config, count, seed)
+    truths = [render(p.scene, p.frames, p.height, p.width) for p in asked]
+    videos = sample.draw(
+        config,
+        generator,
+        params,
+        [p.text for p in asked],
+        seeds=range(seed, seed + count),
+        zipped=True,
+        given=[given.Given(first=truth[0]) for truth in truths],
+    )
+    verdicts = [moving_shapes.judge(video, p.scene) for video, p in zip(videos, asked, strict=True)]
+    first = [quality.psnr(truth[:1], video[:1]) for truth, video in zip(truths, videos, strict=True)]
+    per_prompt = [row | {"psnr_first": db} for row, db in zip(_per_prompt(asked, verdicts), first, strict=True)]
+    results = moving_shapes.summary(verdicts) | {"psnr_first": float(np.mean(first)), "psnr_first_least": min(first)}
+    pairs = [video for pair in zip(truths, videos, strict=True) for video in pair]
+    return results | {"per_prompt": per_prompt}, pairs
 
 
 def _told(seen) -> str:
@@ -148,7 +184,11 @@ def _memorised(config: ConfigDict, generator, params, count: int, seed: int) -> 
 
 
 # suite → (config, generator, params, how many, seed) → (figures, clips to show)
-SUITES: dict[str, Callable] = {"moving_shapes": _moving_shapes, "memorised": _memorised}
+SUITES: dict[str, Callable] = {
+    "moving_shapes": _moving_shapes,
+    "first_frame": _first_frame,
+    "memorised": _memorised,
+}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -161,6 +201,6 @@ def table(results: dict[str, Any]) -> str:
     for name, value in results.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or name == "step":
             continue
-        as_share = isinstance(value, float) and results["suite"] == "moving_shapes" and name != "flicker"
-        lines.append(f"  {name:<12} {f'{value:.1%}' if as_share else f'{value:.4g}':>8}")
+        as_share = name in moving_shapes.RATES and results["suite"] in ("moving_shapes", "first_frame")
+        lines.append(f"  {name:<16} {f'{value:.1%}' if as_share else f'{value:.4g}':>8}")
     return "\n".join(lines)

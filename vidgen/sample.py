@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,9 @@ from ml_collections import ConfigDict
 
 from vidgen import config as configs
 from vidgen.batch import TokenBatch
+from vidgen.conditioning import from_files
+from vidgen.conditioning import given as conditioning
+from vidgen.conditioning.given import Given
 from vidgen.config import ConfigError
 from vidgen.data.clip import BadClip
 from vidgen.data.sources import open_source
@@ -27,11 +32,13 @@ from vidgen.data.text import encode_text
 from vidgen.diffusion import generator as generators
 from vidgen.diffusion.generator import Generator
 from vidgen.diffusion.solvers import SOLVERS
-from vidgen.geometry import Geometry, Grid
+from vidgen.geometry import Geometry, Grid, patchify
+from vidgen.interop import pipelines, stream
 from vidgen.parallel import processes
 from vidgen.parallel.mesh import ROW_AXES, ROWS, batch_shardings, make_mesh
 from vidgen.parallel.rules import rules_of, tree_shardings
 from vidgen.studio import media
+from vidgen.training import start
 from vidgen.training.checkpoint import Checkpoints, read_config
 
 CLIPS_AT_ONCE = 32
@@ -56,22 +63,28 @@ def run(
     seeds: Sequence[int] = (0,),
     negative: str = "",
     step: int | None = None,
+    first_frame: str = "",
+    last_frame: str = "",
+    extend: str = "",
     **settings: Any,
 ) -> Result:
     """Draws a grid of prompts × seeds with the averaged weights of a checkpoint and writes it as MP4 and as GIF.
 
     Args:
       workdir: of a training run.
-      prompts: rows of the grid; in any script.
+      prompts: rows of the grid; in any script. May be empty, or none, where frames are given.
       output: FILE.mp4 or FILE.gif; its twin of the other kind and FILE.json (what was asked for) stand beside it, and
         where there are several clips, each of them in the folder FILE/.
       seeds: columns of the grid; the same seed starts from the same noise.
       negative: what guidance leads away from; empty: nothing in particular.
       step: of the checkpoint; None: the newest.
+      first_frame, last_frame: images that the clips start from and, beside that, end at.
+      extend: a video, with whose end the clips start; see `conditioning/from_files.py` for what is taken of it.
       **settings: instead of the keys of `config.sample`: frames, height, width, fps, solver, steps, guidance, eta.
 
     Raises ConfigError.
     """
+    prompts = prompts or ([""] if first_frame or extend else [])
     if not prompts:
         raise ConfigError("no prompt: expected --prompt TEXT, once or several times")
     if not seeds:
@@ -80,14 +93,16 @@ def run(
         raise ConfigError(f"--output={output}: expected FILE.mp4 or FILE.gif")
     config, generator, params, step = load(workdir, step)
     override(config, settings)
+    given = from_files.read(config, first_frame, last_frame, extend)
     for text in (*prompts, negative):
-        kept = len(encode_text(text, config.rows.caption)) - 1
-        if kept < len(text.encode(errors="replace")):
-            print(f"cut to its first {kept} bytes, as long as captions were in training: {text!r}", file=sys.stderr)
-    videos = draw(config, generator, params, prompts, seeds=seeds, negative=negative)
+        kept, whole, unit = _kept(text, config, generator)
+        if kept < whole:
+            print(f"cut to its first {kept} {unit}, as long as captions were in training: {text!r}", file=sys.stderr)
+    videos = draw(config, generator, params, prompts, seeds=seeds, negative=negative, given=given)
     rows = [videos[i : i + len(seeds)] for i in range(0, len(videos), len(seeds))]
     shown = media.grid(rows, scale=scale_for(config.sample.width))
     about = {"prompts": list(prompts), "seeds": list(seeds), "negative": negative, "step": step}
+    about |= {"first_frame": first_frame, "last_frame": last_frame, "extend": extend}
     stem = os.path.splitext(output)[0]
     files = write_grid(stem, shown, config.sample.fps, f"{stem}.json", config.sample.to_dict() | about)
     if len(videos) > 1:
@@ -114,33 +129,82 @@ HERE = {
 def load(workdir: str, step: int | None = None) -> tuple[ConfigDict, Generator, Any, int]:
     """(config, generator, averaged weights, step) of a checkpoint of `workdir`, the newest unless told; ConfigError.
 
-    Whatever mesh it was trained on, the weights lie in pieces over all devices here, and so does the generator's work.
+    Of an imported pipeline its own weights, in the dtypes they are stored in where `config.dtype` is bfloat16; step 0.
+    With `config.sample.expert` the weights are `Experts`. Whatever mesh was trained on, weights lie in pieces over all
+    devices here, and so does the generator's work.
     """
+    config = run_config(workdir)
+    devices = len(jax.devices())
+    mesh = make_mesh(config.mesh, devices, config.rows.tokens) if devices > 1 else None
+    generator = generators.from_config(config, mesh)
+    like = jax.eval_shape(lambda: generator.init(jax.random.key(0), generators.example(config)))
+    one = SingleDeviceSharding(jax.devices()[0])
+    places = tree_shardings(like, mesh, rules_of(config.mesh)) if mesh else jax.tree.map(lambda _: one, like)
+    if pipelines.is_imported(workdir):
+        if step:
+            raise ConfigError(
+                f"--step={step}: {workdir} is an imported pipeline, which has no checkpoints; leave it out"
+            )
+        params = _imported(config, config.model.weights, places)
+        return config, generator, with_expert(config, params, places), 0
+    checkpoints = Checkpoints(workdir, read_only=True)
+    try:
+        step = chosen_step(workdir, checkpoints, step)
+        facts = checkpoints.facts(step)
+        check_tokenizer(generator.tokenizer.digest, facts, config.tokenizer.weights)
+        check_text(generator.text.digest if generator.text else "", facts, config.text.weights)
+        params = start.averaged(config, generator, checkpoints, step, places)
+        return config, generator, with_expert(config, params, places), step
+    finally:
+        checkpoints.close()
+
+
+def run_config(workdir: str) -> ConfigDict:
+    """The config of a denoiser's run, or of an imported pipeline, for the devices that are here; raises ConfigError."""
+    if pipelines.is_imported(workdir):
+        return configs.override(pipelines.read_config(workdir), HERE)
     config = configs.override(read_config(workdir), HERE)
     if config.task != "denoiser":
         raise ConfigError(
             f"{workdir}: a run with task={config.task}, which draws nothing from prompts; expected a denoiser's, or "
             "for this one: vidgen evaluate --suite reconstruction"
         )
-    devices = len(jax.devices())
-    mesh = make_mesh(config.mesh, devices, config.rows.tokens) if devices > 1 else None
-    generator = generators.from_config(config, mesh)
-    checkpoints = Checkpoints(workdir, read_only=True)
-    try:
-        found = checkpoints.steps
-        if not found:
-            raise ConfigError(f"{workdir}/checkpoints: no finished checkpoint yet; train first, or wait for the first")
-        step = found[-1] if step is None else step
-        if step not in found:
-            raise ConfigError(f"{workdir}/checkpoints: no step {step}; there are {', '.join(map(str, found))}")
-        check_tokenizer(generator.tokenizer.digest, checkpoints.facts(step), config.tokenizer.weights)
-        like = jax.eval_shape(lambda: generator.init(jax.random.key(0), generators.example(config)))
-        one = SingleDeviceSharding(jax.devices()[0])
-        places = tree_shardings(like, mesh, rules_of(config.mesh)) if mesh else jax.tree.map(lambda _: one, like)
-        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, places)
-        return config, generator, checkpoints.restore_ema(step, like), step
-    finally:
-        checkpoints.close()
+    return config
+
+
+def chosen_step(workdir: str, checkpoints: Checkpoints, step: int | None) -> int:
+    """`step`, or that of the newest checkpoint; raises ConfigError where there is none."""
+    found = checkpoints.steps
+    if not found:
+        raise ConfigError(f"{workdir}/checkpoints: no finished checkpoint yet; train first, or wait for the first")
+    step = found[-1] if step is None else step
+    if step not in found:
+        raise ConfigError(f"{workdir}/checkpoints: no step {step}; there are {', '.join(map(str, found))}")
+    return step
+
+
+def with_expert(config: ConfigDict, params: Any, places: Any) -> Any:
+    """`params` with those of `config.sample.expert`, as `Experts`; as they are where it names none.
+
+    The one of the two that trained at low noise, by `config.objective.time_range`, is the one for low noise; where
+    that doesn't say, `config.sample.expert` is. `places`: shardings. Raises ConfigError.
+    """
+    s = config.sample
+    if not s.expert:
+        return params
+    if not 0 < s.boundary < 1:
+        raise ConfigError(
+            f"config.sample.boundary={s.boundary}: with config.sample.expert, expected a number within 0 to 1"
+        )
+    other = _imported(config, s.expert, places)
+    if config.objective.time_range[1] <= s.boundary:
+        return generators.Experts(high=other, low=params, boundary=s.boundary)
+    return generators.Experts(high=params, low=other, boundary=s.boundary)
+
+
+def _imported(config: ConfigDict, directory: str, places: Any) -> Any:
+    """Weights as they are stored, where that is enough for the config's dtype."""
+    return stream.load_onto(directory, places, jnp.float32 if config.dtype == "float32" else None)
 
 
 def check_tokenizer(digest: str, facts: dict[str, Any], weights: str) -> None:
@@ -150,6 +214,15 @@ def check_tokenizer(digest: str, facts: dict[str, Any], weights: str) -> None:
         raise ConfigError(
             f"config.tokenizer.weights={weights}: VAE {digest or 'none'}, but the checkpoint was trained on latents "
             f"of {trained or 'none'}; put that one's weights back there"
+        )
+
+
+def check_text(digest: str, facts: dict[str, Any], weights: str) -> None:
+    """Raises ConfigError if `facts` of a checkpoint name another text encoder than `digest`, that of `weights` now."""
+    if (trained := facts.get("text", digest)) != digest:
+        raise ConfigError(
+            f"config.text.weights={weights}: text encoder {digest or 'none'}, but the checkpoint was trained with "
+            f"{trained or 'none'}; put that one's weights back there"
         )
 
 
@@ -167,6 +240,11 @@ def check(config: ConfigDict) -> None:
     s = config.sample
     if s.solver not in SOLVERS:
         raise ConfigError(f"config.sample.solver={s.solver!r}: known are {', '.join(SOLVERS)}")
+    if s.solver == "unipc" and config.objective.prediction == "noise":
+        raise ConfigError(
+            "config.sample.solver='unipc': starts where all is noise, of which config.objective.prediction='noise' "
+            "says nothing; nearest: 'heun'"
+        )
 
 
 def draw(
@@ -178,6 +256,8 @@ def draw(
     seeds: Sequence[int],
     negative: str = "",
     zipped: bool = False,
+    given: Given | Sequence[Given | None] | None = None,
+    noise: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Clips [T,H,W,3] u8 for each prompt and, within it, each seed, at the size of `config.sample`.
 
@@ -185,32 +265,49 @@ def draw(
     next larger one and cropped. The devices of the generator's mesh, on which `params` lie, share the clips and the
     tokens of each; every process calls this, and every process gets the clips. A VAE decodes them after that, clip by
     clip and in time chunks, on the first device of each process.
+
+    Args:
+      given: frames to start from, to end at or to go on from: for all clips, or one for each prompt.
+      noise: [clips,t,y,x,C] standard normal latents to start from, of the size that is drawn, in the clips' order;
+        None: each seed's own.
+
+    Raises ConfigError where the model can't be given that.
     """
     s, geometry = config.sample, generator.tokenizer.geometry
     size = geometry.cover(s.frames, s.height, s.width)
     grid = geometry.grid(*size)
-    wanted = list(zip(prompts, seeds, strict=True)) if zipped else [(p, s) for p in prompts for s in seeds]
-    texts = [encode_text(text, config.rows.caption) for text in {*prompts, negative}]
-    length = -(-max(map(len, texts)) // 32) * 32  # few lengths, few compiles
+    of_prompt = [given] * len(prompts) if given is None or isinstance(given, Given) else given
+    conditioning.check(config, of_prompt)
+    starts = list(zip(prompts, of_prompt, strict=True))
+    pairs = zip(starts, seeds, strict=True) if zipped else itertools.product(starts, seeds)
+    wanted = [(prompt, seed, one) for (prompt, one), seed in pairs]
+    if noise is not None:
+        chex.assert_shape(noise, (len(wanted), *geometry.latent_grid(*size), geometry.channels))
+    texts = encode_prompts(config, generator, [*prompts, negative])
+    length = -(-max(map(len, texts.values())) // 32) * 32  # few lengths, few compiles
     at_once, mesh = min(CLIPS_AT_ONCE, len(wanted)), generator.mesh
     tokens = math.prod(grid)
     if mesh is not None:
         at_once += -at_once % math.prod(mesh.shape[axis] for axis in ROW_AXES)
         tokens += -tokens % mesh.shape["context"]
     sampler = _sampler(
-        generator, config.objective.to_json(), grid, tokens, s.solver, s.steps, float(s.guidance), float(s.eta)
+        generator, config.objective.to_json(), grid, tokens, s.solver, s.steps, _guidance(s), float(s.eta)
     )
     videos = []
     for first in range(0, len(wanted), at_once):
         chunk = wanted[first : first + at_once]
         padded = chunk + [chunk[-1]] * (at_once - len(chunk))
-        rows = clip_rows(config, geometry, [p for p, _ in padded], size, length, tokens)
-        empty = clip_rows(config, geometry, [negative] * at_once, size, length, tokens)
-        keys = np.stack([jax.random.key_data(jax.random.key(seed)) for _, seed in padded])
+        rows = clip_rows(config, geometry, [texts[p] for p, _, _ in padded], size, length, tokens)
+        rows = conditioning.place(rows, [one for _, _, one in padded], generator.tokenizer, config, size)
+        empty = clip_rows(config, geometry, [texts[negative]] * at_once, size, length, tokens)
+        empty = rows.replace(context=rows.context | empty.context)
+        keys = np.stack([jax.random.key_data(jax.random.key(seed)) for _, seed, _ in padded])
+        start = None if noise is None else _rows_of(noise[first : first + at_once], at_once, tokens, geometry)
         if mesh is not None:
             places = batch_shardings(mesh, rows)
-            rows, empty, keys = processes.put((rows, empty, keys), (places, places, NamedSharding(mesh, ROWS)))
-        video = np.asarray(sampler(params, rows, empty, keys))[: len(chunk)]
+            others = (NamedSharding(mesh, ROWS), None if start is None else places.segment)
+            rows, empty, keys, start = processes.put((rows, empty, keys, start), (places, places, *others))
+        video = np.asarray(sampler(params, rows, empty, keys, start))[: len(chunk)]
         if generator.tokenizer.learned:
             video = np.concatenate([media.to_u8(generator.tokenizer.decode_tokens(one[None], grid)) for one in video])
         video = video[:, : s.frames]
@@ -219,34 +316,64 @@ def draw(
     return videos
 
 
+def encode_prompts(config: ConfigDict, generator: Generator, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """prompt → ids [n] i32, or values [n,E] f32 of a frozen encoder, as captions stand in a row of the feed."""
+    prompts = list(dict.fromkeys(prompts))
+    if generator.text is None:
+        return {prompt: encode_text(prompt, config.rows.caption) for prompt in prompts}
+    values = generator.text.encode(prompts)
+    return {prompt: generator.text.place(own) for prompt, own in zip(prompts, values, strict=True)}
+
+
+def _kept(prompt: str, config: ConfigDict, generator: Generator) -> tuple[int, int, str]:
+    """(how much of a prompt is looked at, how much there is, of what)."""
+    if generator.text is None:
+        kept = len(encode_text(prompt, config.rows.caption)) - 1
+        return kept, len(prompt.encode(errors="replace")), "bytes"
+    (whole,) = generator.text.lengths([prompt]).tolist()
+    return min(whole, config.rows.caption), whole, "tokens"
+
+
 def clip_rows(
     config: ConfigDict,
     geometry: Geometry,
-    prompts: Sequence[str],
+    texts: Sequence[np.ndarray],
     size: tuple[int, int, int],
     length: int,
     tokens: int,
 ) -> TokenBatch:
-    """A row of `tokens` for each prompt that holds one clip of `size` and padding, as the feed lays clips out.
+    """A row of `tokens` for each text that holds one clip of `size` and padding, as the feed lays clips out.
 
-    `length`: text tokens of a row.
+    `texts`: of `encode_prompts`. `length`: text tokens of a row.
     """
-    ids = np.zeros((len(prompts), length), np.int32)
-    for row, prompt in zip(ids, prompts, strict=True):
-        text = encode_text(prompt, config.rows.caption)
-        row[: len(text)] = text
+    rows = len(texts)
+    text = np.zeros((rows, length, *texts[0].shape[1:]), texts[0].dtype)
+    text_segment = np.zeros((rows, length), np.int32)
+    for row, own in enumerate(texts):
+        text[row, : len(own)], text_segment[row, : len(own)] = own, 1
     own = geometry.coords(*size, config.sample.fps if config.model.time_in_seconds else None)
-    coords = np.zeros((len(prompts), tokens, 3), np.float32)
+    coords = np.zeros((rows, tokens, 3), np.float32)
     coords[:, : len(own)] = own
-    segment = np.zeros((len(prompts), tokens), np.int32)
+    segment = np.zeros((rows, tokens), np.int32)
     segment[:, : len(own)] = 1
     return TokenBatch(
         tokens=None,
         coords=coords,
         segment=segment,
         level=segment,
-        context={"text": (ids, (ids > 0).astype(np.int32))},
+        context={"text": (text, text_segment)},
     )
+
+
+def _rows_of(noise: np.ndarray, rows: int, tokens: int, geometry: Geometry) -> np.ndarray:
+    """[n,t,y,x,C] → [rows,tokens,P] f32, zeros behind."""
+    own = patchify(np.asarray(noise, np.float32), geometry.patch)
+    return np.pad(own, ((0, rows - len(own)), (0, tokens - own.shape[1]), (0, 0)))
+
+
+def _guidance(s: ConfigDict) -> tuple[float, float]:
+    """Of the denoiser, or of the one for high noise and the one for low noise."""
+    return float(s.guidance), float(s.guidance_2 or s.guidance)
 
 
 @functools.lru_cache(maxsize=8)
@@ -257,7 +384,7 @@ def _sampler(
     tokens: int,
     solver: str,
     steps: int,
-    guidance: float,
+    guidance: tuple[float, float],
     eta: float,
 ):
     """The jitted sampler of one shape of clip, in rows of `tokens`: u8 video, or tokens for a VAE to decode."""
@@ -265,14 +392,14 @@ def _sampler(
     shape, clip_tokens = (tokens, generator.tokenizer.geometry.features), math.prod(grid)
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()) if mesh is not None else None)
-    def sample(params, rows, empty, key_data):
+    def sample(params, rows, empty, key_data, noise):
         keys = jax.random.wrap_key_data(key_data)
         drawn = generators.generate(
             generator,
             params,
             rows,
-            None if guidance == 1 else empty,
-            jax.vmap(lambda key: jax.random.normal(key, shape))(keys),
+            None if guidance == (1, 1) else empty,
+            jax.vmap(lambda key: jax.random.normal(key, shape))(keys) if noise is None else noise,
             jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
             objective,
             solver=solver,

@@ -31,6 +31,7 @@ from vidgen.training.metrics import MetricWriter, Progress
 from vidgen.training.profiler import Profiler
 from vidgen.training.program import Program, build, task_of
 from vidgen.training.resilience import StopSignal, only_one
+from vidgen.training.start import check_digest
 from vidgen.training.state import TrainState
 
 COURSES = {"denoiser": train_denoiser, "vae": train_vae}
@@ -137,7 +138,7 @@ def _run(config: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Resul
         if save or draw or judge:
             jax.block_until_ready(metrics)
             clock = time.perf_counter()
-            more = course.heldout(state.ema) if judge else {}
+            more = course.heldout(program.averaged(state)) if judge else {}
             meter.aside(time.perf_counter() - clock)
             finish(*late, more)
             late = None
@@ -146,7 +147,7 @@ def _run(config: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Resul
                 more = course.publish(state.ema, workdir)
                 checkpoints.save(state, facts | {"tokens_seen": meter.tokens_seen} | more)
             if draw:
-                course.draw(state.ema, n, workdir, writer)
+                course.draw(program.averaged(state), n, workdir, writer)
             meter.aside(time.perf_counter() - clock)
     checkpoints.wait()
     if stopped_by and n < total:
@@ -168,7 +169,12 @@ def check(config: ConfigDict) -> None:
 
 def _settled(config: ConfigDict) -> ConfigDict:
     """A copy that says all: the workdir is to be of use from anywhere, and later pictures show the same."""
-    paths = {"tokenizer.weights": config.tokenizer.weights, "data.latents": config.data.latents}
+    paths = {
+        "tokenizer.weights": config.tokenizer.weights,
+        "text.weights": config.text.weights,
+        "model.weights": config.model.weights,
+        "data.latents": config.data.latents,
+    }
     if os.path.isdir(config.data.source):
         paths["data.source"] = config.data.source
     config = configs.override(config, {key: os.path.abspath(path) for key, path in paths.items() if path})
@@ -192,14 +198,19 @@ def _claim(workdir: str, config: ConfigDict, stack: contextlib.ExitStack) -> lis
 def begin(program: Program, course: Course, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
     """(state, facts that checkpoints keep): made or restored straight into the shardings of the program.
 
-    Raises ConfigError if the newest checkpoint was trained on other clips, or on latents of another VAE.
+    Raises ConfigError if the newest checkpoint was trained on other clips, on latents of another VAE or text of another
+    encoder, or from other weights.
     """
-    own = {"fingerprint": course.source.fingerprint, "tokenizer": course.tokenizer}
+    start = program.task.start
+    own = {"fingerprint": course.source.fingerprint, "tokenizer": course.tokenizer, "text": course.text}
+    own["weights"] = start.digest if start else ""
     latest = processes.agree(checkpoints.latest)  # listings of a shared disk may differ for a moment
     if latest is None:
         return program.init(), own | {"tokens_seen": 0.0}
     facts = checkpoints.facts(latest)
     sample.check_tokenizer(course.tokenizer, facts, program.config.tokenizer.weights)
+    check_digest(program.config, start, facts)
+    sample.check_text(course.text, facts, program.config.text.weights)
     if facts["fingerprint"] != own["fingerprint"]:
         raise ConfigError(
             f"config.data.source={program.config.data.source}: not the clips that the checkpoint at step {latest} was "
@@ -216,12 +227,16 @@ def _introduce(
     program: Program, course: Course, workdir: str, state: TrainState, tokens_seen: float, progress: Progress
 ) -> Meter:
     """Says what is about to be trained, writes it where the report finds it, and makes the meter to go with it."""
-    config, parameters, start = program.config, states.count(state.params), int(state.step)
+    config, trained, start = program.config, states.count(state.params), int(state.step)
+    partition = program.partition
+    parameters = sum(partition.sizes.values())
     told = course.introduce(start)
     peak, origin = peak_flops(jax.local_devices()[0])
     peak *= jax.device_count()
     facts = {
         "parameters": parameters,
+        "trained": trained,
+        "starts_from": program.task.start.where if program.task.start else "",
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
         "mesh": dict(program.mesh.shape),
@@ -231,10 +246,19 @@ def _introduce(
         "peak": f"{peak / 1e12:.2f} TFLOP/s ({origin})",
         "flops_per_step": told.flops(start),
     }
+    if partition.set:
+        facts["groups"] = partition.table()
     if processes.is_lead():
         for name, value in ({"environment": facts} | told.files).items():
             media.write(os.path.join(workdir, f"{name}.json"), json.dumps(value, indent=2).encode())
-    progress.say(f"{parameters / 1e6:.1f} M parameters on {facts['devices']}, jax {jax.__version__}, {facts['mesh']}")
+    some = f", {trained:,} of which train," if trained < parameters else ""
+    progress.say(
+        f"{parameters / 1e6:.1f} M parameters{some} on {facts['devices']}, jax {jax.__version__}, {facts['mesh']}"
+    )
+    if program.task.start:
+        progress.say(f"Starting from the weights {program.task.start.digest} in {program.task.start.where}")
+    for line in partition.lines() if partition.set else ():
+        progress.say(line)
     for line in told.lines:
         progress.say(line)
     progress.say(f"{told.work}; MFU is against {facts['peak']}")

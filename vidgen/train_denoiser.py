@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vidgen import sample
+from vidgen.conditioning import masks
 from vidgen.data import feed, latents
 from vidgen.data.packing import Packing
 from vidgen.data.sources import Source
@@ -17,6 +18,7 @@ from vidgen.evaluation.heldout import heldout_loss
 from vidgen.planning.flops import step_flops
 from vidgen.planning.mix import Mix
 from vidgen.studio import media
+from vidgen.tokenizers import base as tokenizers
 from vidgen.training.course import Course, Introduction
 from vidgen.training.metrics import MetricWriter, si
 from vidgen.training.program import Program
@@ -25,6 +27,8 @@ from vidgen.training.program import Program
 def check(config: ConfigDict) -> None:
     """Raises ConfigError on settings that would fail late."""
     sample.check(config)
+    masks.check_training(config)
+    tokenizers.geometry_from_config(config.tokenizer)  # a vae without weights can be planned with only
 
 
 def settle(config: ConfigDict) -> None:
@@ -36,17 +40,18 @@ def settle(config: ConfigDict) -> None:
 def course(program: Program) -> Course:
     """Raises ConfigError for clips that can't be found or don't fit."""
     config, mesh = program.config, program.mesh
-    tokenizer = program.generator.tokenizer
-    source = latents.open_clips(config, tokenizer)
-    packing = Packing(source.sizes, tokenizer.geometry, config.rows, config.seed)
+    tokenizer, text = program.generator.tokenizer, program.generator.text
+    source = latents.open_clips(config, tokenizer, text)
+    packing = feed.plan(source, tokenizer, config, text)
     return Course(
         source=source,
         tokenizer=tokenizer.digest,
-        batches=lambda start: feed.batches(source, packing, tokenizer, config, start, mesh),
+        batches=lambda start: feed.batches(source, packing, tokenizer, config, start, mesh, text),
         introduce=lambda start: introduce(program, source, packing, start),
         heldout=heldout_loss(config, program.generator, mesh) if config.train.eval_every else None,
         draw=lambda params, n, workdir, writer: draw(program, params, n, workdir, writer),
         publish=lambda params, workdir: {},
+        text=text.digest if text else "",
     )
 
 
@@ -59,7 +64,7 @@ def introduce(program: Program, source: Source, packing: Packing, start: int) ->
     features = program.generator.tokenizer.geometry.features
     flops = step_flops(config, features, pairs.full, pairs.text, pairs.crossed, pairs.windowed)
     lines = [f"{len(source.sizes)} clips, {packing.steps_per_epoch} steps a pass: {stats}"]
-    lines += latents.notes(source, packing, program.generator.tokenizer, config)
+    lines += latents.notes(source, packing, program.generator.tokenizer, config, program.generator.text)
     if config.train.eval_every and config.data.source != "moving_shapes" and not config.data.holdout:
         lines.append("config.data.holdout is 0: the held-out loss is of clips that are trained on")
     return Introduction(

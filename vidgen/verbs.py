@@ -140,7 +140,7 @@ _DRAWING = (
     Flag("height", int, "Pixels."),
     Flag("width", int, "Pixels."),
     Flag("fps", float, "Frames a second of the files written."),
-    Flag("solver", str, "euler, heun or ddim."),
+    Flag("solver", str, "euler, heun, ddim or unipc."),
     Flag("steps", int, "Steps of the solver."),
     Flag("guidance", float, "Classifier-free guidance; 1: none."),
     Flag("eta", float, "Of ddim: share of the noise that each step draws anew, 0 to 1."),
@@ -170,6 +170,9 @@ VERBS = {
             Flag("output", str, "FILE.mp4 or FILE.gif; the other one is written beside it.", required=True),
             Flag("seed", [int], "Seed of the noise; may be given several times. 0 unless given."),
             Flag("negative", str, "A prompt to lead away from.", ""),
+            Flag("first_frame", str, "Image or video whose first frame the clips start from.", ""),
+            Flag("last_frame", str, "Image or video whose last frame they end at, beside --first_frame.", ""),
+            Flag("extend", str, "Video that the clips go on from.", ""),
             *_DRAWING,
         ),
     ),
@@ -181,7 +184,8 @@ VERBS = {
             Flag(
                 "suite",
                 str,
-                "moving_shapes: unseen prompts, judged by parsing the clips; memorised: PSNR to training clips; "
+                "moving_shapes: unseen prompts, judged by parsing the clips; first_frame: the same, going on from a "
+                "clip's first frame; memorised: PSNR to training clips; "
                 "reconstruction: what a tokenizer loses. What fits the run unless given.",
                 "",
             ),

@@ -11,11 +11,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from vidgen import tensors
 from vidgen.config import ConfigError
 
 JSON, TENSORS = "weights.json", "weights.safetensors"
@@ -30,7 +31,7 @@ class Weights:
       kind: of module, such as "vae".
       config: of that module, plain JSON values.
       params: nested dict of NumPy arrays, in the module's own names and layouts.
-      digest: 16 hex digits of a hash over kind, config and arrays.
+      digest: 16 hex digits of a hash over kind, config and arrays, as they lie on disk.
     """
 
     kind: str
@@ -69,11 +70,51 @@ def save(directory: str, kind: str, config: Mapping[str, Any], params: Mapping[s
         raise ConfigError(f"{directory}: {e.strerror or e}; expected a place that can be written") from None
 
 
+def stream(
+    directory: str,
+    kind: str,
+    config: Mapping[str, Any],
+    arrays: Mapping[str, tuple[tuple[int, ...], str]],
+    read: Callable[[str], np.ndarray],
+) -> str:
+    """Fills an empty directory as `save` does, one array at a time, and returns the digest.
+
+    Args:
+      directory: is there already.
+      arrays: {"a/b/c": (shape, dtype)}.
+      read: the array of that name, of that shape and dtype; called once each.
+
+    Raises OSError.
+    """
+
+    def written() -> Iterator[tuple[str, np.ndarray]]:
+        for name in sorted(arrays):
+            array = read(name)
+            file.write(name, array)
+            yield name, array
+
+    with open(os.path.join(directory, JSON), "w", encoding="utf-8") as f:
+        json.dump({"kind": kind, "config": dict(config)}, f, indent=2, sort_keys=True)
+    with tensors.Writer(os.path.join(directory, TENSORS), tensors.header_of(arrays)) as file:
+        return _digest(kind, config, written())
+
+
 def load(directory: str, kind: str = "") -> Weights:
-    """Reads a directory of weights, of this kind if one is given; raises ConfigError."""
+    """Reads a directory of weights, of this kind if one is given; bfloat16 and float16 become float32, which holds
+    them exactly. Raises ConfigError.
+    """
     about = describe(directory, kind)
     flat = read_safetensors(os.path.join(directory, TENSORS))
-    return Weights(about["kind"], about["config"], nest(flat), digest(about["kind"], about["config"], flat))
+    found = digest(about["kind"], about["config"], flat)
+    for name, array in flat.items():
+        if array.dtype in ("float16", "bfloat16"):
+            flat[name] = array.astype(np.float32)
+    return Weights(about["kind"], about["config"], nest(flat), found)
+
+
+def headers(directory: str) -> dict[str, tensors.Stored]:
+    """{"a/b/c": where it lies} of a directory of weights; raises ConfigError."""
+    return tensors.header(os.path.join(directory, TENSORS))[0]
 
 
 def describe(directory: str, kind: str = "") -> dict[str, Any]:
@@ -119,10 +160,20 @@ def _hint(directory: str) -> str:
 
 
 def digest(kind: str, config: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> str:
-    """16 hex digits that change with the kind, the config, and any bit, shape or name of the arrays."""
+    """16 hex digits that change with the kind, the config, and any bit, shape, dtype or name of the arrays."""
+    return _digest(kind, config, ((name, flat[name]) for name in sorted(flat)))
+
+
+def digest_of(directory: str) -> str:
+    """`digest` of a directory of weights, an array at a time; raises ConfigError."""
+    about, stored = describe(directory), headers(directory)
+    return _digest(about["kind"], about["config"], ((name, stored[name].read()) for name in sorted(stored)))
+
+
+def _digest(kind: str, config: Mapping[str, Any], arrays: Iterable[tuple[str, np.ndarray]]) -> str:
     h = hashlib.sha256(json.dumps([kind, dict(config)], sort_keys=True).encode())
-    for name in sorted(flat):
-        array = np.ascontiguousarray(flat[name])
+    for name, array in arrays:
+        array = np.ascontiguousarray(array)
         h.update(f"{name} {array.dtype} {array.shape}".encode())
         h.update(array.reshape(-1).view(np.uint8).data)
     return h.hexdigest()[:16]
@@ -149,27 +200,10 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_safetensors(path: str) -> dict[str, np.ndarray]:
-    """All arrays of a safetensors file, bfloat16 by ml_dtypes; raises ConfigError if it is missing, cut or none."""
-    import ml_dtypes  # noqa: F401  makes bfloat16 known to NumPy
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except OSError as e:
-        missing = isinstance(e, FileNotFoundError)
-        raise ConfigError(f"{path}: {'no such file' if missing else e}; expected a safetensors file") from None
-    except SafetensorError as e:
-        raise ConfigError(f"{path}: not a whole safetensors file ({e})") from None
+    """All arrays of a safetensors file as they stand there; raises ConfigError if it is missing, cut or none."""
+    return tensors.read_all(path)
 
 
-def write_safetensors(path: str, flat: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+def write_safetensors(path: str, flat: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
     """Writes arrays as a safetensors file; raises OSError."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    try:
-        save_file({name: np.ascontiguousarray(value) for name, value in flat.items()}, path, metadata=metadata)
-    except SafetensorError as e:  # a full disk, say
-        raise OSError(f"{path}: {e}") from None
-    os.chmod(path, 0o644)  # its own are private
+    tensors.write_all(path, {name: np.asarray(value) for name, value in flat.items()}, metadata)

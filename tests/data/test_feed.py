@@ -3,18 +3,22 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import text_weights
 from jax.sharding import Mesh
 
 from vidgen.config import ConfigError, base
 from vidgen.data.clip import BadClip, Clip, ClipSizes
-from vidgen.data.feed import batch_like, batches, host_rows
+from vidgen.data.feed import batch_like, batches, host_rows, plan
 from vidgen.data.hosts import counted_rows, local_rows
 from vidgen.data.packing import Packing
 from vidgen.data.text import BEGIN, VOCAB, encode_text
 from vidgen.geometry import Geometry, from_blocks
+from vidgen.objectives.flow import drop_captions
 from vidgen.parallel.mesh import AXES
+from vidgen.text import frozen
 from vidgen.tokenizers.base import BlockTokenizer
 
 GEOMETRY = Geometry(stride=(4, 8, 8), patch=(1, 1, 1), channels=4 * 8 * 8 * 3)
@@ -28,13 +32,13 @@ class Random:
 
     def __init__(self, n=40, faults=None):
         draw = np.random.default_rng(0)
-        self.captions = [f"{CAPTIONS[i % 3]} {i}" for i in range(n)]
+        self.said = [f"{CAPTIONS[i % 3]} {i}" for i in range(n)]
         self.sizes = ClipSizes(
             frames=draw.choice([1, 5, 9, 19], n).astype(np.int32),
             height=draw.choice([16, 24, 37], n).astype(np.int32),
             width=draw.choice([16, 32], n).astype(np.int32),
             fps=np.full(n, 12, np.float32),
-            text=np.array([len(c.encode()) for c in self.captions], np.int32),
+            text=np.array([len(c.encode()) for c in self.said], np.int32),
         )
         self.faults = faults or {}
 
@@ -45,11 +49,14 @@ class Random:
         if fault == "smaller":
             shape[1] -= 1
         video = np.random.default_rng([index, epoch]).integers(0, 256, (*shape, 3), dtype=np.uint8)
-        caption = self.captions[index] + ("!" if fault == "longer caption" else "")
+        caption = self.said[index] + ("!" if fault == "longer caption" else "")
         return Clip(video, caption, 12.0)
 
     def name(self, index):
         return f"clip-{index}"
+
+    def captions(self):
+        return None
 
 
 def setup(source=None, **changes):
@@ -107,7 +114,7 @@ def test_rows_hold_what_the_plan_says():
             starts = range(len(stored) - p.frames + 1)
             assert any(np.array_equal(video, stored[t : t + p.frames]) for t in starts)
             mine = text_segment[b] == p.segment
-            np.testing.assert_array_equal(ids[b][mine], encode_text(source.captions[p.clip], 48))
+            np.testing.assert_array_equal(ids[b][mine], encode_text(source.said[p.clip], 48))
 
 
 def test_each_pass_crops_another_stretch_of_a_clip():
@@ -261,3 +268,77 @@ def test_text_is_bytes():
     ids = encode_text("球" * 5, 9)  # three bytes a character: only two fit behind the begin token
     assert len(ids) == 7 and bytes((ids[1:] - 2).tolist()).decode() == "球球"
     assert encode_text("\U0010ffff\x00\ud800", 99).max() < VOCAB and encode_text("\x00", 2).min() > 0
+
+
+class Indexed(Random):
+    """Whose captions stand in the index."""
+
+    def captions(self):
+        return self.said
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    pytest.importorskip("tokenizers")
+    return text_weights.make_encoder(tmp_path_factory.mktemp("text"))
+
+
+def with_values(directory, source, **changes):
+    changes = {"text.name": "umt5", "text.weights": directory, "rows.caption": 20, "rows.text": 90} | changes
+    source, _, tokenizer, config = setup(source, **changes)
+    text = frozen.from_config(config)
+    return source, plan(source, tokenizer, config, text), tokenizer, config, text
+
+
+@pytest.mark.parametrize("pad", [0, 30])
+@pytest.mark.parametrize("kind", [Random, Indexed])
+def test_rows_hold_the_values_of_a_frozen_encoder(encoder, kind, pad):
+    source, packing, tokenizer, config, text = with_values(encoder, kind(), **{"text.pad": pad})
+    lengths = text.lengths(source.said)
+    assert packing.captions_cut == ((lengths > 20).sum() if kind is Indexed else 0)
+    batch = host_rows(source, packing, tokenizer, config, 3, text=text)
+    values, segment = batch.context["text"]
+    assert values.shape == (4, 90, 16) and values.dtype == np.float32 and batch.context["empty"][0].shape == (4, 1, 16)
+    shorter = 0
+    for b, row in enumerate(packing.step(3)):
+        for p in row:
+            own = text.encode([source.read(p.clip, p.epoch).caption])[0]
+            assert p.text == (pad or (len(own) if kind is Indexed else 20))
+            found = values[b][segment[b] == p.segment]
+            assert len(found) == (pad or len(own)) and p.text_start == np.argmax(segment[b] == p.segment)
+            np.testing.assert_array_equal(found[: len(own)], own)
+            assert not found[len(own) :].any()
+            shorter += len(own) < 20
+        assert not values[b][segment[b] == 0].any()
+    assert shorter and not batch.context["empty"][1].any()
+    like = batch_like(config, tokenizer, text)
+    assert jax.tree.structure(like) == jax.tree.structure(batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), like) == jax.tree.map(lambda x: (x.shape, x.dtype), batch)
+    with batches(source, packing, tokenizer, config, 3, mesh(2, 2), text) as feed:
+        assert_equal(next(feed)[0], batch)
+
+
+@pytest.mark.parametrize("pad", [0, 30])
+def test_a_dropped_caption_is_an_empty_prompt(encoder, pad):
+    source, packing, tokenizer, config, text = with_values(encoder, Indexed(), **{"text.pad": pad})
+    batch = jax.tree.map(jnp.asarray, host_rows(source, packing, tokenizer, config, 0, text=text))
+    dropped = np.zeros((4, 8), bool)
+    dropped[:, 0] = True
+    values, segment = drop_captions(batch, jnp.asarray(dropped), pad > 0).context["text"]
+    before, segment_before = batch.context["text"]
+    for b in range(4):
+        first = np.asarray(segment_before[b] == 1)
+        want = np.zeros((first.sum(), 16), np.float32)
+        want[0] = text.encode([""])[0][0]
+        np.testing.assert_array_equal(values[b][first], want)
+        np.testing.assert_array_equal(segment[b][first], [1] + [int(pad > 0)] * (first.sum() - 1))
+        np.testing.assert_array_equal(values[b][~first], before[b][~first])
+        np.testing.assert_array_equal(segment[b][~first], segment_before[b][~first])
+
+
+def test_a_frozen_encoder_that_cannot_be_used_shows_before_the_first_row(encoder):
+    source, packing, tokenizer, config, _ = with_values(encoder, Indexed())
+    planned = frozen.FrozenEncoder("", 16, 20)
+    with pytest.raises(ConfigError, match="config.text.weights is empty"):
+        batches(source, packing, tokenizer, config, 0, mesh(), planned)
+    assert packing.steps_per_epoch and plan(source, tokenizer, config, planned).captions_cut == 0

@@ -8,8 +8,11 @@ import pytest
 from vidgen.batch import TokenBatch
 from vidgen.config import ConfigError
 from vidgen.data.text import encode_text
-from vidgen.models import dit
-from vidgen.models.attend import Attending, attend
+from vidgen.models import dit, places
+from vidgen.models.attend import Attending, attend, from_config
+from vidgen.models.linear import Layout
+from vidgen.parallel.mesh import make_mesh
+from vidgen.parallel.rules import rules_of
 from vidgen.text import encoder
 
 P = 12
@@ -139,11 +142,178 @@ def test_attention_is_softmax_within_segments():
     assert np.isfinite(out).all()
 
 
+# Everything that a published architecture sets, in two models.
+WAN_LIKE = {
+    "bias": True,
+    "qk_norm": "joint",
+    "rope_pairs": (4, 2, 2),
+    "absolute": "none",
+    "cross_norm": True,
+    "final": "table",
+    "mlp_dim": 50,
+    "shared_modulation": True,
+    "text_mlp": True,
+    "cond": 5,
+    "image_width": 6,
+    "image_tokens": 3,
+}
+DIT_LIKE = {
+    "bias": True,
+    "qk_norm": "none",
+    "rope": False,
+    "absolute": "sincos",
+    "cross": False,
+    "classes": 7,
+    "level_per_block": True,
+    "learned_sigma": True,
+}
+
+
+def more(batch, clips, tokens, names):
+    """The row with channels beside the noisy ones, labels and 11 image features, each clip's its own."""
+    at, cond, image = 0, np.full((1, tokens, 5), 3.0, np.float32), []
+    for grid, caption in clips:
+        n, rng = int(np.prod(grid)), np.random.default_rng(99 + len(caption))
+        cond[0, at : at + n] = rng.normal(size=(n, 5))
+        image.append(rng.normal(size=(3, 6)))
+        at += n
+    labels = np.array([[7.0, *(len(caption) % 7 for _, caption in clips)]], np.float32)
+    labels = np.pad(labels, ((0, 0), (0, 4 - labels.shape[1])))[..., None]
+    spare = 11 - 3 * len(clips)
+    image = np.concatenate([*image, np.full((spare, 6), 9.0)])[None].astype(np.float32)
+    segments = np.pad(np.repeat(np.arange(1, len(clips) + 1), 3), (0, spare))[None].astype(np.int32)
+    found = {"cond": cond, "vectors": labels, "image": (image, segments)}
+    context = batch.context | {name: found.pop(name) for name in ("image",) if name in names}
+    return batch.replace(context=context, **{name: found[name] for name in names if name != "image"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        (WAN_LIKE | {"window": (1, 2, 2), "full_every": 2, "remat": "full"}, ("cond", "image")),
+        (DIT_LIKE | {"window": (1, 2, 2), "full_every": 2}, ("vectors",)),
+        ({"absolute": "table", "table": (3, 3, 3), "classes": 7}, ("vectors",)),
+    ],
+    ids=["wan", "dit", "table"],
+)
+@pytest.mark.usefixtures("quick_compiles")
+def test_published_architectures_keep_packed_clips_apart_and_use_all_they_have(tiny, changes, names):
+    net = model(tiny, **{"unroll": 1} | changes)
+    batch, noisy, levels = row(CLIPS, 32, 48)
+    batch = more(batch, CLIPS, 32, names)
+    # Parameters can be made of a row that has no such inputs, as the one of `generator.example`.
+    params = lively(jax.jit(net.init)(jax.random.key(0), noisy, levels, row(CLIPS, 32, 48)[0])["params"])
+    apply = jax.jit(lambda p, *inputs: net.apply({"params": p}, *inputs))
+    packed, at = apply(params, noisy, levels, batch), 0
+    for k, clip in enumerate(CLIPS):
+        n = int(np.prod(clip[0]))
+        alone, noisy_alone, own = row([clip], 32, 48)  # of the same shape, so that it is compiled once
+        out = apply(params, noisy_alone, own, more(alone, [clip], 32, names))
+        assert np.abs(out[0, :n]).max() > 0.1
+        assert np.abs(packed[0, at : at + n] - out[0, :n]).max() < 1e-5, f"clip {k}"
+        at += n
+    for name in names:
+        spoilt = batch.context | {"image": jax.tree.map(np.array, batch.context["image"])} if name == "image" else None
+        if name == "image":
+            spoilt["image"][0][0, [0, 1]] = spoilt["image"][0][0, [1, 0]]  # in another order
+            other = batch.replace(context=spoilt)
+        else:
+            other = batch.replace(**{name: getattr(batch, name) + 1})
+        assert np.abs(apply(params, noisy, levels, other) - packed)[0, :12].max() > 1e-4, name
+
+    def loss(p):  # of everything that comes out, the variance too
+        out = net.apply({"params": p}, noisy, levels, batch, with_sigma=True)
+        return jnp.sum(jnp.where(batch.segment[..., None] > 0, out, 0) ** 2)
+
+    for path, gradient in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
+        bias_of_keys = "key" in jax.tree_util.keystr(path) and "bias" in jax.tree_util.keystr(path)
+        assert bias_of_keys or np.abs(gradient).max() > 0, path  # softmax is blind to what all keys share
+
+
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.parametrize(
+    ("changes", "names"), [(WAN_LIKE, ("cond", "image")), (DIT_LIKE, ("vectors",))], ids=["wan", "dit"]
+)
+def test_over_a_mesh_nothing_changes(tiny, changes, names):
+    tiny.mesh.update(data=1, context=2, tensor=2)
+    one = model(tiny, **{"unroll": 1, "remat": "full"} | changes)
+    batch, noisy, levels = row(CLIPS, 32, 48)
+    batch = more(batch, CLIPS, 32, names)
+    params = lively(jax.jit(one.init)(jax.random.key(0), noisy, levels, batch)["params"])
+    mesh = make_mesh(tiny.mesh, 1, 32)
+    layout, how = Layout(mesh, rules_of(tiny.mesh)), from_config(tiny, mesh, "cpu", tokens=32)
+    several = one.clone(layout=layout, how=how, text=one.text and one.text.clone(layout=layout))
+
+    def value_and_gradient(net):
+        def loss(p):
+            out = net.apply({"params": p}, noisy, levels, batch, with_sigma=True)
+            return jnp.sum(jnp.where(batch.segment[..., None] > 0, out, 0) ** 2)
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    for a, b in zip(*map(jax.tree.leaves, map(value_and_gradient, (one, several))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max() + 1e-4)
+
+
+def test_learned_sigma_comes_behind_the_prediction(tiny):
+    net = model(tiny, **DIT_LIKE)
+    batch, noisy, levels = row(CLIPS, 32, 48)
+    batch = more(batch, CLIPS, 32, ("vectors",))
+    params = lively(jax.jit(net.init)(jax.random.key(0), noisy, levels, batch)["params"])
+    both = net.apply({"params": params}, noisy, levels, batch, with_sigma=True)
+    assert both.shape == (1, 32, 2 * P)
+    np.testing.assert_array_equal(net.apply({"params": params}, noisy, levels, batch), both[..., :P])
+
+
+def test_inputs_that_the_model_lacks_or_wants(tiny):
+    batch, noisy, levels = row(CLIPS, 32, 48)
+
+    def init_and_apply(changes, given):
+        net = model(tiny.copy_and_resolve_references(), **changes)
+        params = jax.eval_shape(net.init, jax.random.key(0), noisy, levels, batch)
+        jax.eval_shape(net.apply, params, noisy, levels, given)
+
+    for changes, given, says in (
+        ({"cond": 5}, batch, r"model.cond=5: expected rows with cond \[1, 32, 5\], found none"),
+        ({"classes": 3}, batch, r"model.classes=3: expected rows with vectors \[1, 4, 1\], found none"),
+        ({"image_width": 6}, batch, "model.image_width=6: expected rows with image features"),
+        ({}, more(batch, CLIPS, 32, ("cond",)), r"model.cond=0: rows bring cond \[1, 32, 5\]; expected no numbers"),
+        ({"cond": 4}, more(batch, CLIPS, 32, ("cond",)), r"rows bring cond \[1, 32, 5\]; expected 4 numbers"),
+        ({"image_width": 5}, more(batch, CLIPS, 32, ("image",)), "rows bring image features"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            init_and_apply(changes, given)
+
+
+def test_places():
+    coords = np.zeros((1, 4, 3), np.float32)
+    coords[0] = [(0, 0, 0), (1, 0, 2), (0, 1, 2), (2, 0, 0)]
+    table = np.arange(2 * 2 * 3)[:, None] * np.ones(4)
+    found = places.looked_up(jnp.asarray(table), (2, 2, 3), jnp.asarray(coords))
+    np.testing.assert_array_equal(found[0, :, 0], [0, 8, 5, np.nan])  # the last is outside, and says so
+    flat, deep = (places.sincos(jnp.asarray(coords), 32, time) for time in (False, True))
+    np.testing.assert_array_equal(flat[0, 1, :16], flat[0, 2, :16])  # of equal x
+    np.testing.assert_array_equal(flat[0, 1, 16:], flat[0, 0, 16:])  # of equal y
+    np.testing.assert_array_equal(flat[0, 0], flat[0, 3])
+    assert np.abs(deep[0, 0] - deep[0, 3]).max() > 0.5
+    np.testing.assert_allclose(flat[0, 2, [0, 8, 16, 24]], np.array([np.sin(2), np.cos(2), np.sin(1), np.cos(1)]), 1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"heads": 5}, "config.model.heads=5.*nearest: 4"),
         ({"remat": "some"}, "neither a preset"),
+        ({"qk_norm": "heads"}, "config.model.qk_norm='heads': known are head, joint, none; did you mean head"),
+        ({"absolute": "True"}, "config.model.absolute='True': known are projected, sincos"),
+        ({"final": "tables"}, "did you mean table"),
+        ({"rope_pairs": (4, 4, 4)}, r"sum to 8, half of a head of 16; nearest: \(3, 3, 2\)"),
+        ({"absolute": "table"}, "expected config.model.table"),
+        ({"table": (1, 0, 2)}, "config.model.table=.*each 1 or more"),
+        ({"cross": False, "text_mlp": True}, "config.model.text_mlp=True: has no meaning without config.model.cross"),
+        ({"image_tokens": 3}, "without config.model.image_width"),
+        ({"level_per_block": True, "shared_modulation": True}, "one modulation has one embedding"),
+        ({"cond": -1}, "config.model.cond=-1: expected 0 or more"),
     ],
 )
 def test_bad_settings(tiny, change, says):

@@ -92,3 +92,35 @@ def test_gradients_of_bfloat16_products_do_not_depend_on_the_mesh(world):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     kernel = grads[0]["params"]["embed"]["kernel"]
     assert np.any(np.asarray(kernel) != np.asarray(kernel.astype(jnp.bfloat16).astype(jnp.float32)))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "context": 2}, {"context": 2, "tensor": 2}], ids=str)
+def test_a_low_rank_update_is_a_product_beside_the_kernel(world, sizes):
+    """On any mesh, x · (kernel + a · b) and its gradients, and none of the kernel's."""
+    params, x, target = world
+    place = layout(**sizes) if sizes else None
+    low = jax.tree.map(jnp.copy, params)
+    for name, layer in low["params"].items():
+        keys = jax.random.split(jax.random.key(len(name)), 2)
+        layer["lora_a"] = jax.random.normal(keys[0], (layer["kernel"].shape[0], 2))
+        layer["lora_b"] = jax.random.normal(keys[1], (2, layer["kernel"].shape[1]))
+
+    def plain(p, x):
+        whole = {
+            n: {"kernel": q["kernel"] + q["lora_a"] @ q["lora_b"], "bias": q["bias"]} for n, q in p["params"].items()
+        }
+        return loss(Pair(), {"params": whole}, x, target)
+
+    want = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(low, x)
+    if place:
+        x = jax.device_put(x, NamedSharding(place.mesh, TOKENS))
+    got = jax.jit(jax.value_and_grad(lambda p, x: loss(Pair(place), p, x, target), argnums=(0, 1)))(low, x)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    np.testing.assert_allclose(got[1][1], want[1][1], rtol=1e-4, atol=1e-3)
+    for name, layer in got[1][0]["params"].items():
+        assert not np.any(layer["kernel"])
+        for half in ("lora_a", "lora_b", "bias"):
+            like = want[1][0]["params"][name][half]
+            np.testing.assert_allclose(
+                layer[half], like, rtol=1e-4, atol=1e-4 * float(jnp.abs(like).max()), err_msg=name
+            )

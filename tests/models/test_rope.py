@@ -36,3 +36,13 @@ def test_lengths_are_kept_and_zero_is_no_turn():
 @pytest.mark.parametrize(("head", "widths"), [(128, (22, 21, 21)), (48, (8, 8, 8)), (6, (1, 1, 1)), (2, (1, 0, 0))])
 def test_pairs_of_a_head_are_shared_out(head, widths):
     assert axis_widths(head, 3) == widths and sum(widths) == head // 2
+
+
+def test_pairs_may_be_told():
+    coords = jnp.asarray(np.random.default_rng(0).uniform(0, 8, (1, 5, 3)), jnp.float32)
+    for a, b in zip(rope_table(coords, 24, 100.0), rope_table(coords, 24, 100.0, (4, 4, 4)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    cos, sin = rope_table(coords, 24, 100.0, (12, 0, 0))  # time alone
+    angle = coords[..., :1] * 100.0 ** (-jnp.arange(12) / 12)
+    np.testing.assert_allclose(cos[:, 0], jnp.cos(angle), atol=1e-6)
+    np.testing.assert_allclose(sin[:, 0], jnp.sin(angle), atol=1e-6)

@@ -1,5 +1,7 @@
 """The objective against a plain re-statement of it."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from vidgen.batch import TokenBatch
 from vidgen.config import ConfigError
 from vidgen.diffusion import generator as generators
-from vidgen.diffusion import path
+from vidgen.diffusion import path, timesteps
 from vidgen.objectives import flow
 from vidgen.training.step import row_keys
 
@@ -32,6 +34,8 @@ def batch():
 
 class Oracle:
     """Puts out what it is told to, through the interface of a generator."""
+
+    text = None
 
     def __init__(self, tokenizer, answer):
         self.tokenizer, self.answer = tokenizer, answer
@@ -110,6 +114,104 @@ def test_known_tokens_are_given_and_not_trained(tiny, batch):
     assert np.abs(seen[0][0, 4:8] - clean[0, 4:8]).max() > 0.1
 
 
+MASKS = (("first", 0.4), ("extend", 0.4))
+
+
+def framed(batch, row=slice(None)):
+    """The rows with their clips laid out as 4, 2 and 4 latent frames of two tokens."""
+    coords = np.zeros((2, 16, 3), np.float32)
+    coords[0, :12, 0] = [0, 0, 1, 1, 2, 2, 3, 3, 0, 0, 1, 1]
+    coords[1, :8, 0] = [0, 0, 1, 1, 2, 2, 3, 3]
+    return jax.tree.map(lambda x: x[row], batch.replace(coords=coords))
+
+
+def test_masks_drawn_in_training_are_given_and_not_trained(tiny, batch):
+    """Re-stated from the mask of each step: what is known is clean, at level 0, and has no part in loss and weight."""
+    tiny.control.masks = MASKS
+    tokenizer, rows, seen = generators.from_config(tiny).tokenizer, framed(batch), {}
+
+    def guess(noisy, levels, rows):
+        seen.update(noisy=noisy, levels=levels, level=rows.level, known=rows.known)
+        return 0.5 * noisy
+
+    loss_of = flow.loss_of(Oracle(tokenizer, guess), tiny.objective, tiny.control)
+    weight_of, given = flow.weight_of(tiny.control), 0
+    clean = np.asarray(tokenizer.encode_blocks(jnp.asarray(rows.tokens)))
+    for step in range(6):
+        keys = row_keys(1, np.int32(step), 2)
+        loss, weight = loss_of(None, rows, keys), np.asarray(weight_of(rows, keys))
+        known, noisy, level = np.asarray(seen["known"])[..., 0], np.asarray(seen["noisy"]), np.asarray(seen["level"])
+        given += known.sum()
+        np.testing.assert_array_equal(known, (weight == 0) & (rows.segment > 0))
+        np.testing.assert_array_equal(level, np.where(known, 0, rows.segment))
+        np.testing.assert_allclose(noisy[known], clean[known], atol=1e-5)
+        t = np.take_along_axis(np.asarray(seen["levels"]), level, axis=1)
+        error = np.mean((0.5 * noisy - clean) ** 2, axis=-1) / np.maximum(t, tiny.objective.time_min) ** 2
+        np.testing.assert_allclose(loss, np.sum(weight * error), rtol=1e-4)
+    assert given > 10
+
+
+def test_the_loss_with_masks_is_the_same_in_parts(tiny, batch):
+    tiny.control.masks = MASKS
+    tokenizer = generators.from_config(tiny).tokenizer
+    loss_of = flow.loss_of(Oracle(tokenizer, lambda noisy, *_: 0.5 * noisy), tiny.objective, tiny.control)
+    keys = row_keys(1, np.int32(3), 2)
+    parts = [loss_of(None, framed(batch, slice(i, i + 1)), keys[i : i + 1]) for i in range(2)]
+    np.testing.assert_allclose(loss_of(None, framed(batch), keys), sum(parts), rtol=1e-6)
+
+
+def test_mask_channels_leave_all_tokens_noisy_and_trained(tiny, batch):
+    tiny.control.update(masks=(("first", 1.0),), channels="wan")
+    tokenizer, seen = generators.from_config(tiny.copy_and_resolve_references()).tokenizer, []
+    oracle = Oracle(tokenizer, lambda noisy, levels, rows: seen.append(rows) or noisy)
+    oracle.encode_context = lambda params, rows: rows
+    flow.loss_of(oracle, tiny.objective, tiny.control)(None, framed(batch), row_keys(0, np.int32(0), 2))
+    flow.heldout_sums(oracle, None, framed(batch), row_keys(0, np.int32(0), 2), tiny.objective, 2, tiny.control)
+    for rows, given in zip(seen, (True, False), strict=False):
+        assert rows.known is None and rows.cond.shape == (2, 16, 4 + 768)
+        np.testing.assert_array_equal(rows.level, batch.segment)
+        mask = np.asarray(rows.cond)[..., :4]
+        first = (framed(batch).coords[..., 0] == 0) & (batch.segment > 0)
+        np.testing.assert_array_equal(mask, np.repeat((first & given)[..., None], 4, axis=-1))
+
+
+@pytest.mark.parametrize("span", [(0.0, 0.4), (0.875, 1.0), (0.3, 0.6), (0.999, 1.0)])
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_levels_within_a_range_are_the_truncated_distribution(tiny, span, shift):
+    """Against the distribution's own definition: the share below t is (F(t) - F(a)) / (F(b) - F(a))."""
+    tiny.objective.update(shift=shift, time_mean=0.3, time_std=0.8)
+    normal, tokens = np.linspace(-3, 3, 61).astype(np.float32), jnp.full(61, 7.0)
+    tiny.objective.time_range = span
+    t = np.asarray(timesteps.logit_normal(normal, tiny.objective, tokens), np.float64)
+    assert (t >= span[0]).all() and (t <= span[1]).all() and (np.diff(t) >= 0).all() and t[-1] > t[0]
+
+    def above(z):
+        return math.erfc(z / math.sqrt(2)) / 2
+
+    def share_above(t):  # of the distribution without the range; of the upper tail, for its digits
+        if t in (0, 1):
+            return 1.0 - t
+        plain = t / (shift - (shift - 1) * t)
+        return above((math.log(plain / (1 - plain)) - 0.3) / 0.8)
+
+    a, b = map(share_above, span)
+    shares = np.array([(share_above(x) - b) / (a - b) for x in t])
+    np.testing.assert_allclose(shares, [above(float(z)) for z in normal], atol=3e-3)
+
+
+def test_the_whole_range_changes_nothing(tiny):
+    tokens, normal = jnp.full(5, 7.0), jnp.linspace(-2, 2, 5)
+    plain = timesteps.shifted(jax.nn.sigmoid(normal), 1.0)
+    np.testing.assert_array_equal(timesteps.logit_normal(normal, tiny.objective, tokens), plain)
+
+
+def test_heldout_levels_are_of_the_range(tiny):
+    tiny.objective.update(shift=3.0, time_range=(0.5, 0.9))
+    levels = np.asarray(timesteps.evaluation_levels(tiny.objective, jnp.full((2, 3), 9.0), 8))
+    assert levels.shape == (8, 2, 3) and levels.min() > 0.5 and levels.max() < 0.9
+    assert (np.diff(levels[:, 0, 0]) > 0).all()
+
+
 def test_a_dropped_caption_is_an_empty_prompt(batch):
     dropped = flow.drop_captions(batch, jnp.array([[True, False, False], [False, True, True]]))
     ids, segment = dropped.context["text"]
@@ -136,7 +238,18 @@ def test_heldout_is_the_same_every_time_and_grows_easier_with_noise_level(tiny, 
     assert (np.diff(sums) > 0).all()  # what passes the noise on errs more, the more there is
 
 
-@pytest.mark.parametrize(("key", "value"), [("prediction", "x0"), ("loss", "huber"), ("caption_dropout", 1.5)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("prediction", "x0"),
+        ("loss", "huber"),
+        ("caption_dropout", 1.5),
+        ("time_range", (0.5, 0.2)),
+        ("time_range", (0.5,)),
+        ("time_range", (0.0, 1.5)),
+        ("time_range", ("0", "1")),
+    ],
+)
 def test_bad_settings(tiny, key, value):
     tiny.objective[key] = value
     with pytest.raises(ConfigError, match=f"config.objective.{key}="):

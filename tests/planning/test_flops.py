@@ -12,8 +12,9 @@ from vidgen.diffusion import generator as generators
 from vidgen.models import remat
 from vidgen.models.dit import layer_pattern
 from vidgen.models.windows import window_ids
-from vidgen.planning.flops import Pairs, full_layers, parameters, sample_flops, step_flops, whole_rows
+from vidgen.planning.flops import Pairs, full_layers, sample_flops, step_flops, whole_rows
 from vidgen.planning.mix import Mix, typical, window_pairs
+from vidgen.planning.parameters import parameters
 from vidgen.tokenizers.base import geometry_from_config
 
 NONE = {"squares": 0, "text_squares": 0, "crossed": 0}
@@ -23,9 +24,23 @@ def wide(**more):
     """One wide layer with few, wide heads, so that elementwise work is small beside products."""
     c = make_tiny()
     c.rows.update(count=2, tokens=256, segments=4, text=64)
-    c.model.update(width=768, layers=1, heads=3, unroll=1, attention="dense", **more)
+    c.model.update({"width": 768, "layers": 1, "heads": 3, "unroll": 1, "attention": "dense"} | more)
     c.text.update(width=128, layers=1, heads=1)
     return c
+
+
+def given(m, r):
+    """Inputs of one row that the model has beside text."""
+    found = {}
+    if m.classes:
+        found["vectors"] = np.zeros((1, r.segments + 1, 1), np.float32)
+    if m.cond:
+        found["cond"] = np.zeros((1, r.tokens, m.cond), np.float32)
+    if m.image_width:
+        ids, places = np.zeros((1, r.text), np.int32), r.segments * m.image_tokens
+        image = (np.zeros((1, places, m.image_width), np.float32), np.zeros((1, places), np.int32))
+        found["context"] = {"text": (ids, ids), "image": image}
+    return found
 
 
 def program(c, backward):
@@ -33,6 +48,7 @@ def program(c, backward):
     generator = generators.from_config(c)
     example = generators.example(c)
     params = jax.eval_shape(lambda: generator.init(jax.random.key(0), example))
+    example = example.replace(**given(c.model, c.rows))
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((c.rows.count, *x.shape[1:]), x.dtype), example)
     noisy = jax.ShapeDtypeStruct((c.rows.count, c.rows.tokens, 768), jnp.float32)
     levels = jax.ShapeDtypeStruct((c.rows.count, c.rows.segments + 1), jnp.float32)
@@ -62,8 +78,19 @@ def products_in(jaxpr):
     return total, picked
 
 
-def test_the_forward_pass_has_the_products_that_are_counted():
-    c = wide()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"shared_modulation": True, "text_mlp": True, "final": "table", "absolute": "none", "mlp_dim": 500},
+        {"cross": False, "classes": 9, "learned_sigma": True, "level_per_block": True},
+        {"cond": 40, "image_width": 96, "image_tokens": 64},
+        {"backbone": "uvit", "layers": 3},
+        {"backbone": "uvit", "layers": 3, "cross": False, "classes": 9, "absolute": "table", "table": (4, 8, 8)},
+    ],
+)
+def test_the_forward_pass_has_the_products_that_are_counted(changes):
+    c = wide(**changes)
     function, args = program(c, backward=False)
     total, picked = products_in(jax.make_jaxpr(function)(*args).jaxpr)
     ours = step_flops(c, 768, **NONE)
@@ -72,9 +99,20 @@ def test_the_forward_pass_has_the_products_that_are_counted():
     assert forward == pytest.approx(total - picked, rel=1e-3)
 
 
-@pytest.mark.parametrize("preset", ["none", "full", "attention", "products", "attention, mlp_up=save, query=save"])
-def test_forward_and_backward_execute_what_is_counted_with_each_rematerialisation(preset):
-    c = wide(remat=preset)
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("none", {}),
+        ("full", {}),
+        ("attention", {}),
+        ("products", {}),
+        ("attention, mlp_up=save, query=save", {}),
+        ("full", {"backbone": "uvit", "layers": 3}),
+        ("products", {"backbone": "uvit", "layers": 3}),
+    ],
+)
+def test_forward_and_backward_execute_what_is_counted_with_each_rematerialisation(preset, changes):
+    c = wide(remat=preset, **changes)
     function, args = program(c, backward=True)
     total, picked = products_in(jax.make_jaxpr(function)(*args).jaxpr)
     saved = None if preset == "none" else remat.saved(preset)
@@ -125,14 +163,40 @@ def test_recomputation_is_a_fraction_of_what_is_executed():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"absolute": False, "mlp_ratio": 2.7}, {"shared_modulation": True, "text_mlp": True}],
+    [
+        {},
+        {"absolute": "none", "mlp_ratio": 2.7},
+        {"shared_modulation": True, "text_mlp": True},
+        {"bias": True, "qk_norm": "joint", "cross_norm": True, "final": "table", "mlp_dim": 100},
+        {"absolute": "table", "table": (2, 3, 4), "qk_norm": "none", "rope": False},
+        {"absolute": "sincos", "cross": False, "classes": 9, "learned_sigma": True},
+        {"level_per_block": True, "classes": 9, "cond": 5},
+        {"image_width": 20, "bias": True, "text_mlp": True, "qk_norm": "joint"},
+        {"image_width": 20, "image_tokens": 7},
+        {"backbone": "uvit"},
+        {"backbone": "uvit", "layers": 5, "bias": True, "qk_norm": "joint", "mlp_dim": 100, "cond": 5},
+        {"backbone": "uvit", "absolute": "table", "table": (2, 3, 4), "classes": 9},
+        {"backbone": "uvit", "absolute": "sincos", "cross": False, "classes": 9},
+    ],
 )
 def test_parameters_are_those_of_the_model(changes):
     c = make_tiny()
-    c.model.update(width=48, heads=4, layers=3, **changes)
+    c.model.update({"width": 48, "heads": 4, "layers": 3} | changes)
     generator = generators.from_config(c)
     params = jax.eval_shape(lambda: generator.init(jax.random.key(0), generators.example(c)))
     assert parameters(c, 768) == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_a_frozen_text_encoder_has_no_parameters_and_no_flops():
+    c = make_tiny()
+    c.text.update(name="umt5", pad=48, width=80)
+    c.rows.update(text=192, caption=48)
+    generator = generators.from_config(c)
+    params = jax.eval_shape(lambda: generator.init(jax.random.key(0), generators.example(c)))
+    assert parameters(c, 768) == sum(x.size for x in jax.tree.leaves(params))
+    assert "text" not in params and params["blocks"]["cross"]["key"]["kernel"].shape == (2, 80, 32)
+    pairs = {"squares": 0, "text_squares": 10**6, "crossed": 0}
+    assert step_flops(c, 768, **pairs).attention_useful == 0
 
 
 @pytest.mark.parametrize(("window", "full_every"), [((), 4), ((2, 2, 2), 4), ((2, 2, 2), 1), ((2, 2, 2), 0)])

@@ -50,10 +50,10 @@ def stepped(world, config, mesh=None, steps=1):
     if mesh is not None:
         shardings, rows = tree_shardings(state, mesh, rules_of(config.mesh)), batch_shardings(mesh, batch)
         state, batch = jax.device_put(state, shardings), jax.device_put(batch, rows)
-        step = make_step(loss, flow.trained, optimizer, config, shardings.params)
+        step = make_step(loss, flow.weight_of(config.control), optimizer, config, shardings.params)
         step = jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, None))
     else:
-        step = jax.jit(make_step(loss, flow.trained, optimizer, config))
+        step = jax.jit(make_step(loss, flow.weight_of(config.control), optimizer, config))
     for _ in range(steps):
         state, metrics = step(state, batch)
     return state, metrics
@@ -164,7 +164,7 @@ def quadratic(config, gradients):
     """States of a run whose gradients are given."""
     optimizer = optax.sgd(1.0)
     errors = plain(lambda p, b, k: jnp.vdot(p["w"], b.tokens[0, 0]))
-    step = make_step(errors, lambda b: jnp.ones((1, 1)), optimizer, config)
+    step = make_step(errors, lambda b, keys: jnp.ones((1, 1)), optimizer, config)
     state = states.create({"w": jnp.zeros(2)}, optimizer)
     states_ = [state]
     for g in gradients:

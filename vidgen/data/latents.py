@@ -4,11 +4,14 @@ A directory that `vidgen encode` made holds
 
     key.json                        what the latents depend on (see `key`), written first
     latents-000000.array_record …   a record a clip, each a safetensors file: mean and logvar [t,y,x,z] f32 as the VAE
-                                    gave them, caption and fps; readers ignore tensors that they don't know
+                                    gave them, caption and fps; with a frozen text encoder also text [n,E] f32, as it
+                                    gave it; readers ignore tensors that they don't know
     latents-000000.jsonl …          the index: a line a record, in order: clip, pass, name, size, fps, problem
+    text.safetensors                with a frozen text encoder: empty [1,E] f32, the values of the empty prompt
     cache.json                      passes, records and bytes of each shard, clips that could not be used; written last
 
-Text encoders of today are trained with the denoiser and read bytes, so what is kept of the text is the caption.
+Values of captions are float32 like the latents, so that training from a cache is training online to the bit. With the
+encoder over bytes, which trains with the denoiser, what is kept of the text is the caption.
 
 Which clip stands in which shard follows from the index of sizes alone (`Layout`): passes one after the other, and
 within a pass clips of one size side by side, since a VAE encodes them together. A shard stands there whole or not at
@@ -27,13 +30,14 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from vidgen import weights
 from vidgen.config import ConfigError
 from vidgen.data.clip import BadClip, ClipSizes
 from vidgen.data.packing import Packing
 from vidgen.data.sources import Source, open_source
 from vidgen.geometry import Geometry
 
-KEY, CACHE = "key.json", "cache.json"
+KEY, CACHE, TEXT = "key.json", "cache.json", "text.safetensors"
 FORMAT = 1  # of records and layout, and of the code that decides their values: one more whenever they change
 CUT = "the first frames, the middle of the picture"  # what of a clip is encoded, down to whole tokens
 SHARD_BYTES = (4 * 2**20, 2**30)  # least and most; between them, a thousandth of a pass. A kill costs one
@@ -48,11 +52,13 @@ class EncodedClip:
         tokens in the stored one.
       caption: text.
       fps: frames a second.
+      text: [n,E] f32, the caption as a frozen encoder gave it; None where it is encoded in training.
     """
 
     moments: np.ndarray
     caption: str
     fps: float
+    text: np.ndarray | None = None
 
 
 def to_record(clip: EncodedClip | BadClip) -> bytes:
@@ -62,8 +68,10 @@ def to_record(clip: EncodedClip | BadClip) -> bytes:
     if isinstance(clip, BadClip):
         return save({"problem": _text(str(clip))})
     mean, logvar = np.split(np.asarray(clip.moments, np.float32), 2, axis=-1)
+    text = {} if clip.text is None else {"text": np.ascontiguousarray(clip.text, np.float32)}
     return save(
-        {
+        text
+        | {
             "mean": np.ascontiguousarray(mean),
             "logvar": np.ascontiguousarray(logvar),
             "caption": _text(clip.caption),
@@ -82,7 +90,8 @@ def from_record(record: bytes) -> EncodedClip:
         if "problem" in found:
             raise BadClip(found["problem"].tobytes().decode())
         moments = np.concatenate([found["mean"], found["logvar"]], axis=-1)
-        return EncodedClip(moments, found["caption"].tobytes().decode(), float(found["fps"][0]))
+        caption, fps = found["caption"].tobytes().decode(), float(found["fps"][0])
+        return EncodedClip(moments, caption, fps, found.get("text"))
     except (SafetensorError, KeyError, UnicodeDecodeError, IndexError) as e:
         raise BadClip("unreadable record in the cache") from e
 
@@ -99,10 +108,11 @@ class Layout:
       order: [n] i64, clips of a pass as they stand in it: by width, height and frames, then by index.
       starts: [shards + 1] i64, where in `order` the shards of a pass begin.
       place: [N] i64, where in `order` each clip stands; -1 for those that have no whole token.
-      bytes: [n] i64, of the moments of each clip in `order`.
+      bytes: [n] i64, of the moments of each clip in `order`, and of the longest caption as a frozen encoder gives it.
     """
 
-    def __init__(self, sizes: ClipSizes, geometry: Geometry):
+    def __init__(self, sizes: ClipSizes, geometry: Geometry, text: Any = None):
+        """`text`: the frozen encoder; None where text is bytes."""
         stored = [np.asarray(column, np.int64) for column in (sizes.frames, sizes.height, sizes.width)]
         sized = np.minimum.reduce(stored) > 0
         fitted = np.stack(geometry.fit(*(np.where(sized, column, 1) for column in stored)), axis=1)
@@ -113,7 +123,7 @@ class Layout:
         self.place = np.full(len(sizes), -1, np.int64)
         self.place[self.order] = np.arange(len(self.order))
         latents = np.prod(geometry.latent_grid(*self.fitted[self.order].T), axis=0)
-        self.bytes = latents * geometry.channels * 2 * 4
+        self.bytes = latents * geometry.channels * 2 * 4 + (text.limit * text.width * 4 if text else 0)
         ends = np.cumsum(self.bytes)
         total = int(ends[-1]) if len(ends) else 0
         size = min(max(total // 1000, SHARD_BYTES[0]), SHARD_BYTES[1])
@@ -130,8 +140,11 @@ class Layout:
         return epoch, self.order[self.starts[k] : self.starts[k + 1]]
 
 
-def key(source: Source, tokenizer: Any) -> dict[str, str]:
-    """What the latents of a source depend on, by name: a cache serves where all of it is the same."""
+def key(source: Source, tokenizer: Any, text: Any = None) -> dict[str, str]:
+    """What the latents of a source depend on, by name: a cache serves where all of it is the same.
+
+    `text`: the frozen encoder whose values are there as well; None where text is bytes.
+    """
     g = tokenizer.geometry
     return {
         "format": str(FORMAT),
@@ -140,7 +153,7 @@ def key(source: Source, tokenizer: Any) -> dict[str, str]:
         "config.tokenizer.patch": "x".join(map(str, g.patch)),  # decides where clips are cut
         "cut": CUT,
         "clips of config.data.source": source.fingerprint,
-    }
+    } | ({"text encoder and tokenizer": text.digest, "config.rows.caption": str(text.limit)} if text else {})
 
 
 def difference(there: dict[str, str], here: dict[str, str]) -> str:
@@ -172,9 +185,10 @@ class CachedClips:
     """A `Source` whose clips are read as `EncodedClip`s: sizes, names and fingerprint are those of the clips.
 
     The fingerprint is the source's own, so a run may go on from a cache where it began online, and the other way round.
+    With a frozen text encoder `empty`, [1,E] f32, is what it makes of the empty prompt.
     """
 
-    def __init__(self, directory: str, source: Source, tokenizer: Any):
+    def __init__(self, directory: str, source: Source, tokenizer: Any, text: Any = None):
         """Opens a finished cache of `source`.
 
         Raises ConfigError: no cache there, an unfinished one, one of another key (naming the parts), shards that are
@@ -187,9 +201,9 @@ class CachedClips:
             there = read_json(Path(directory) / KEY)
         except FileNotFoundError:
             raise ConfigError(f"{what}: no cache there; make it with {again}") from None
-        if differ := difference(there, key(source, tokenizer)):
+        if differ := difference(there, key(source, tokenizer, text)):
             raise ConfigError(f"{what}: a cache of something else ({differ}); make another with vidgen encode")
-        self._layout = Layout(source.sizes, tokenizer.geometry)
+        self._layout = Layout(source.sizes, tokenizer.geometry, text)
         try:
             cache = read_json(Path(directory) / CACHE)
         except FileNotFoundError:
@@ -209,6 +223,7 @@ class CachedClips:
             found = path.stat().st_size if path.exists() else "missing"
             if found != size:
                 raise ConfigError(f"{path}: {found}, expected {size} bytes; the same {again} makes it anew")
+        self.empty = weights.read_safetensors(os.path.join(directory, TEXT))["empty"] if text else None
         self.sizes, self.fingerprint, self._source = source.sizes, source.fingerprint, source
         self._shards, self._records, self._lock = len(shards), None, threading.Lock()
 
@@ -245,9 +260,15 @@ class CachedClips:
         """The source's own name of the clip."""
         return self._source.name(index)
 
+    def captions(self) -> list[str] | None:
+        """The source's own."""
+        return self._source.captions()
 
-def open_clips(config: ConfigDict, tokenizer: Any) -> Source | CachedClips:
+
+def open_clips(config: ConfigDict, tokenizer: Any, text: Any = None) -> Source | CachedClips:
     """What a denoiser trains on: the clips of `config.data`, or their latents in the cache `config.data.latents`.
+
+    `text`: the frozen encoder of the captions, whose values are in the cache as well; None where text is bytes.
 
     Raises ConfigError as `open_source` and `CachedClips` do, and for a cache beside a tokenizer that wants none.
     """
@@ -259,14 +280,20 @@ def open_clips(config: ConfigDict, tokenizer: Any) -> Source | CachedClips:
             f"config.data.latents={config.data.latents}: config.tokenizer.name={config.tokenizer.name} makes its "
             "latents in the step; a cache is for config.tokenizer.name=vae"
         )
-    return CachedClips(config.data.latents, source, tokenizer)
+    return CachedClips(config.data.latents, source, tokenizer, text)
 
 
-def notes(source: Source | CachedClips, packing: Packing, tokenizer: Any, config: ConfigDict) -> list[str]:
-    """What a run should say, as it starts, of how its clips become latents; nothing of exact tokenizers.
+def notes(
+    source: Source | CachedClips, packing: Packing, tokenizer: Any, config: ConfigDict, text: Any = None
+) -> list[str]:
+    """What a run should say, as it starts, of how its clips become latents and its captions values; nothing of exact
+    tokenizers and of bytes.
 
     Raises ConfigError for clips of more sizes than a VAE is compiled for while it trains.
     """
+    if text and not isinstance(source, CachedClips):
+        said = f"the text encoder {text.digest} encodes online, captions of at most {text.limit} tokens"
+        return [said, *notes(source, packing, tokenizer, config)]
     if not tokenizer.learned:
         return []
     if isinstance(source, CachedClips):

@@ -124,6 +124,10 @@ class MovingShapes:
         """Level, split and index: all that `scene` needs, but the pass."""
         return f"moving_shapes/{self.level}/{self.split}/{index}"
 
+    def captions(self) -> None:
+        """Each pass has others."""
+        return None
+
 
 @functools.lru_cache
 def _allowed(level: str, share: float, split: str, frames: int) -> list[Combination]:

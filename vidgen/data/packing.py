@@ -107,7 +107,15 @@ class Packing:
       cropped, refused, captions_cut: as in `PackingStats`.
     """
 
-    def __init__(self, sizes: ClipSizes, geometry: Geometry, rows: ConfigDict, seed: int):
+    def __init__(
+        self,
+        sizes: ClipSizes,
+        geometry: Geometry,
+        rows: ConfigDict,
+        seed: int,
+        text: np.ndarray | None = None,
+        pad: int = 0,
+    ):
         """Plans; sorts the index once and holds a few integers a clip.
 
         Args:
@@ -115,6 +123,8 @@ class Packing:
           geometry: pixels ↔ tokens.
           rows: the `rows` part of a config.
           seed: of the order.
+          text: [N] text tokens of each caption before it is cut; None: its bytes after a begin token.
+          pad: text tokens that every caption takes, `config.text.pad`; 0: those that it has.
 
         Raises:
           ConfigError: a row too small for its caption, or no clip that fits into a row.
@@ -130,12 +140,15 @@ class Packing:
         self._seed = seed
         self._count = rows.count
         self._capacity = (rows.tokens, rows.text, rows.segments)
-        self._fit(sizes, geometry, rows)
+        text = np.asarray(sizes.text, np.int64) + 1 if text is None else text
+        self._fit(sizes, geometry, rows, text)
+        if pad:
+            self._text = np.full_like(self._text, pad)
         self._group()
         self._pack(rows.window)
         self.step = functools.lru_cache(maxsize=64)(self._step)
 
-    def _fit(self, sizes: ClipSizes, geometry: Geometry, rows: ConfigDict) -> None:
+    def _fit(self, sizes: ClipSizes, geometry: Geometry, rows: ConfigDict, text: np.ndarray) -> None:
         """What each clip needs of a row, and which ones have no place."""
         stored = [np.asarray(column, np.int64) for column in (sizes.frames, sizes.height, sizes.width)]
         sized = np.minimum.reduce(stored, initial=np.iinfo(np.int64).max) > 0
@@ -149,7 +162,6 @@ class Packing:
         cropped = usable & (t > longest)
         t = np.minimum(t, longest)
         frames = np.where(cropped, (t * geometry.patch[0] - 1) * geometry.stride[0] + 1, frames)
-        text = np.asarray(sizes.text, np.int64) + 1  # the caption's bytes after a begin token
 
         self.refused = {reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()}
         self.cropped = int(cropped.sum())

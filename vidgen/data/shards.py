@@ -239,6 +239,10 @@ class ShardSource:
         """The clip's id: file, start in seconds, frames."""
         return self._ids[index]
 
+    def captions(self) -> list[str]:
+        """Of all clips; read from the index each time."""
+        return [row.caption for row in read_index(self._directory)]
+
     def group(self, index: int) -> str:
         """The file that clip `index` was cut from: clips of one file are never on both sides of a split."""
         return self._sources[index]

@@ -37,6 +37,10 @@ class Source(Protocol):
         """How people find clip `index` again: a file and time, an id."""
         ...
 
+    def captions(self) -> list[str] | None:
+        """Of all clips, where the index has them; None where a clip must be read for its caption."""
+        ...
+
 
 class Subset:
     """Some clips of a source, in the order of `indices` ([N] i64)."""
@@ -56,6 +60,10 @@ class Subset:
 
     def name(self, index: int) -> str:
         return self._source.name(int(self._indices[index]))
+
+    def captions(self) -> list[str] | None:
+        found = self._source.captions()
+        return found and [found[i] for i in self._indices]
 
 
 def open_source(data: ConfigDict, split: str) -> Source:

@@ -112,6 +112,10 @@ class TfdsSource:
     def name(self, index: int) -> str:
         return f"{self._name}/{self._split}#{index}"
 
+    def captions(self) -> None:
+        """They stand in the records."""
+        return None
+
     def _open(self):
         with self._lock:
             if self._records is None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x, t scalar) → dx/dt
-SOLVERS = ("euler", "heun", "ddim")
+SOLVERS = ("euler", "heun", "ddim", "unipc", "flow_match_euler")  # the last: euler, at diffusers' noise levels
 
 
 def euler_step(velocity: Velocity, x: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
@@ -43,13 +43,13 @@ def integrate(
       velocity: (x, t) → dx/dt.
       noise: [B, …] standard normal.
       times: [steps + 1], falling.
-      solver: one of SOLVERS.
+      solver: one of SOLVERS but "unipc", which is `unipc.solve`.
       keys: [B], one a sample, for the fresh noise of DDIM with eta > 0.
     """
 
     def step(x, span):
         index, t, s = span
-        if solver == "euler":
+        if solver in ("euler", "flow_match_euler"):
             x = euler_step(velocity, x, t, s)
         elif solver == "heun":
             x = heun_step(velocity, x, t, s)

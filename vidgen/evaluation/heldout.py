@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from vidgen.batch import TokenBatch
 from vidgen.data import feed
-from vidgen.data.packing import Packing
 from vidgen.data.sources import open_source
 from vidgen.diffusion.generator import Generator
 from vidgen.objectives import flow
@@ -33,19 +32,19 @@ def heldout_loss(config: ConfigDict, generator: Generator, mesh: Mesh) -> Callab
     "heldout_unreadable" counts clips that stayed out because they could not be read.
     """
     source = open_source(config.data, "heldout")
-    tokenizer = generator.tokenizer
-    packing = Packing(source.sizes, tokenizer.geometry, config.rows, config.seed)
+    tokenizer, text = generator.tokenizer, generator.text
+    packing = feed.plan(source, tokenizer, config, text)
     steps = max(1, -(-config.train.eval_rows // config.rows.count))
-    place = feed.Placement(mesh, config, tokenizer)
+    place = feed.Placement(mesh, config, tokenizer, text)
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
     def sums(params, batch, step):
         keys = row_keys(config.seed + 1, step, config.rows.count)  # not the keys that this step trains with
-        errors, weight = flow.heldout_sums(generator, params, batch, keys, config.objective, LEVELS)
+        errors, weight = flow.heldout_sums(generator, params, batch, keys, config.objective, LEVELS, config.control)
         return errors, weight, jnp.sum(batch.clip >= 0)
 
     def rows(n: int) -> TokenBatch:
-        return feed.host_rows(source, packing, tokenizer, config, n, place.local)
+        return feed.host_rows(source, packing, tokenizer, config, n, place.local, text)
 
     if tokenizer.learned:  # reading is cheap, a VAE is not
         rows = functools.cache(rows)

@@ -19,6 +19,8 @@ from vidgen.data.scenes import DIRECTIONS, SHAPES, Scene, coverage
 from vidgen.evaluation.camera import View, aligned, cut, estimate
 from vidgen.evaluation.segment import Track, dilate, tracks
 
+RATES = ("shape", "colour", "motion", "count", "all_right", "permanence", "kept")  # shares of the videos
+
 _POINTS = 8  # frames that a shape is read from at most
 _SOFT = (0, 1, 3)  # times that a template may be blurred: generated outlines are seldom crisp
 _STILL = 0.05  # sides that an object may stray from its mean place and yet stand still
@@ -67,6 +69,11 @@ class Verdict:
     flicker: float
     permanence: bool
     seen: tuple[Seen, ...]
+
+    @property
+    def kept(self) -> bool:
+        """Whether the objects asked for are there from the first frame to the last, as they were in it."""
+        return self.shape and self.colour and self.count and self.permanence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,9 +263,6 @@ def _turned_at(track: Track, shot: _Shot, frame: int) -> str:
 
 
 def summary(verdicts: list[Verdict]) -> dict[str, float]:
-    """Rates in [0, 1] of all fields of Verdict (`flicker`: its mean), and `prompts`, how many were judged."""
-    rates = {
-        name: float(np.mean([getattr(v, name) for v in verdicts]))
-        for name in ("shape", "colour", "motion", "count", "all_right", "flicker", "permanence")
-    }
+    """RATES in [0, 1], the mean of `flicker`, and `prompts`, how many were judged."""
+    rates = {name: float(np.mean([getattr(v, name) for v in verdicts])) for name in (*RATES, "flicker")}
     return rates | {"prompts": len(verdicts)}

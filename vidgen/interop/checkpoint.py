@@ -1,4 +1,5 @@
-"""A directory as diffusers saves a model: `config.json`, and tensors in one safetensors file or several with an index.
+"""A directory as diffusers and transformers save a model: `config.json`, and tensors in one safetensors file or several
+with an index.
 
 Tensors are read one at a time. Pickles (`.bin`, `.pt`, `.pth`, `.ckpt`) are never opened: they can run code.
 """
@@ -16,21 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from vidgen import tensors
 from vidgen.config import ConfigError
+from vidgen.tensors import Stored
 from vidgen.weights import PICKLES
 
 CONFIG, PIPELINE = "config.json", "model_index.json"
 TENSORS, INDEX = "diffusion_pytorch_model.safetensors", ".safetensors.index.json"
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what is read; anything else is a packed format
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor on disk: its file, its shape there, and its dtype there as NumPy names it."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
+TRANSFORMERS = "model.safetensors"  # as transformers names it
+DTYPES = ("float32", "float16", "bfloat16")  # what is read; anything else is a packed format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +35,15 @@ class Checkpoint:
     directory: that has the files; of a pipeline, the part that was taken.
     config: `config.json` as it stands there.
     tensors: by their names in the files.
+    headers: {file name: header of it}, the very text.
+    index: (name, text) of the index of several files; None where there is one file.
     """
 
     directory: str
     config: dict[str, Any]
     tensors: Mapping[str, Stored]
+    headers: Mapping[str, str]
+    index: tuple[str, str] | None
 
     @property
     def where(self) -> str:
@@ -52,13 +51,12 @@ class Checkpoint:
         files = {stored.file for stored in self.tensors.values()}
         return files.pop() if len(files) == 1 else self.directory
 
-    def read(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, array in the stored dtype), one after the other: only what the caller keeps stays in memory."""
-        for file in sorted({stored.file for stored in self.tensors.values()}):
-            with _opened(file) as tensors:
-                for name, stored in self.tensors.items():
-                    if stored.file == file:
-                        yield name, tensors.get_tensor(name)
+    def read(self, key: str) -> np.ndarray:
+        """A tensor in its stored dtype; raises ConfigError for weights that are not finite."""
+        array = self.tensors[key].read()
+        if not np.isfinite(array).all():
+            raise ConfigError(f"{self.tensors[key].file}: {key} holds NaN or infinity; expected finite weights")
+        return array
 
 
 def open_directory(directory: str) -> Checkpoint:
@@ -69,11 +67,14 @@ def open_directory(directory: str) -> Checkpoint:
     """
     directory = _part(_directory(directory))
     config = read_json(os.path.join(directory, CONFIG), "what diffusers saves beside the tensors")
-    files = _files(directory)
-    tensors: dict[str, Stored] = {}
+    files, index = _files(directory)
+    found: dict[str, Stored] = {}
+    headers = {}
     for file, wanted in files.items():
-        tensors |= _headers(file, wanted)
-    return Checkpoint(directory, config, tensors)
+        stored, headers[os.path.basename(file)] = tensors.header(file)
+        _check_names(file, stored, wanted)
+        found |= stored
+    return Checkpoint(directory, config, found, headers, index)
 
 
 def read_json(path: str, what: str) -> dict[str, Any]:
@@ -90,23 +91,32 @@ def read_json(path: str, what: str) -> dict[str, Any]:
     return found
 
 
-@contextlib.contextmanager
-def new_directory(path: str) -> Iterator[str]:
-    """A directory to fill, which is at `path` once the block ends, whole, or not at all.
-
-    Raises ConfigError if something is there already, or nothing can be written there.
-    """
-    path = os.path.abspath(path)
+def check_new(path: str) -> None:
+    """Raises ConfigError if something is at `path` but an empty directory."""
     if os.path.exists(path) and not os.path.isdir(path):
         raise ConfigError(f"{path}: a file; expected a new directory")
     if os.path.isdir(path) and (there := sorted(os.listdir(path))):
         raise ConfigError(f"{path}: expected a new or an empty directory, it holds {there[0]}")
+
+
+@contextlib.contextmanager
+def new_directory(path: str, size: int = 0) -> Iterator[str]:
+    """A directory to fill, which is at `path` once the block ends, whole, or not at all.
+
+    Raises ConfigError if something is there already, if nothing can be written there, or not so many bytes.
+    """
+    path = os.path.abspath(path)
+    check_new(path)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         made = tempfile.mkdtemp(prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path))
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror or e}; expected a place that can be written") from None
     try:
+        if size > (free := shutil.disk_usage(made).free):
+            raise ConfigError(
+                f"{path}: {size / 2**30:.3g} GiB are to be written, {free / 2**30:.3g} GiB are free there"
+            )
         os.chmod(made, 0o755)  # mkdtemp's are private
         yield made
         os.rename(made, path)
@@ -145,26 +155,29 @@ def _part(directory: str) -> str:
     )
 
 
-def _files(directory: str) -> dict[str, set[str] | None]:
-    """Files that hold the tensors → names that must be in each, None where no index says."""
+def _files(directory: str) -> tuple[dict[str, set[str] | None], tuple[str, str] | None]:
+    """(files that hold the tensors → names that must be in each, None where no index says; the index)."""
     names = sorted(os.listdir(directory))
     whole = [name for name in names if name.endswith(".safetensors")]
     indexes = [name for name in names if name.endswith(INDEX)]
-    if TENSORS in whole:  # as diffusers does: the plain name before an index, and both before a variant
-        return {os.path.join(directory, TENSORS): None}
-    default = TENSORS.removesuffix(".safetensors") + INDEX
-    if default in indexes or len(indexes) == 1:
-        return _indexed(directory, default if default in indexes else indexes[0])
+    for plain in (TENSORS, TRANSFORMERS):  # as diffusers does: the plain name before an index, both before a variant
+        if plain in whole:
+            return {os.path.join(directory, plain): None}, None
+        default = plain.removesuffix(".safetensors") + INDEX
+        if default in indexes:
+            return _indexed(directory, default)
+    if len(indexes) == 1:
+        return _indexed(directory, indexes[0])
     if len(whole) == 1 and not indexes:
-        return {os.path.join(directory, whole[0]): None}
+        return {os.path.join(directory, whole[0]): None}, None
     if whole:
         raise ConfigError(f"{directory}: expected one {TENSORS} or an index of several, found {', '.join(whole[:4])}")
     if pickles := [name for name in names if name.lower().endswith(PICKLES)]:
         raise _pickle(os.path.join(directory, pickles[0]))
-    raise ConfigError(f"{directory}: no tensors; expected {TENSORS} or {default}")
+    raise ConfigError(f"{directory}: no tensors; expected {TENSORS} or {TENSORS.removesuffix('.safetensors') + INDEX}")
 
 
-def _indexed(directory: str, name: str) -> dict[str, set[str] | None]:
+def _indexed(directory: str, name: str) -> tuple[dict[str, set[str] | None], tuple[str, str]]:
     path = os.path.join(directory, name)
     index = read_json(path, "an index of safetensors files")
     shards = index.get("weight_map")
@@ -175,43 +188,25 @@ def _indexed(directory: str, name: str) -> dict[str, set[str] | None]:
         if os.path.basename(file) != file or not file.endswith(".safetensors"):
             raise ConfigError(f"{path}: {tensor} is in {file!r}; expected a safetensors file in the same directory")
         files.setdefault(os.path.join(directory, file), set()).add(tensor)
-    return files
+    with open(path, encoding="utf-8", newline="") as f:
+        return files, (name, f.read())
 
 
-def _headers(file: str, wanted: set[str] | None) -> dict[str, Stored]:
-    """The tensors of one file; `wanted` are the names that an index expects there."""
-    with _opened(file) as tensors:
-        names = list(tensors.keys())
-        if wanted is not None and (odd := sorted(wanted ^ set(names))):
-            raise ConfigError(
-                f"{file}: {'lacks' if odd[0] in wanted else 'has'} {odd[0]}, the index of the directory says otherwise"
-            )
-        found = {name: (tuple(s.get_shape()), s.get_dtype()) for name in names for s in [tensors.get_slice(name)]}
-    for name, (_, dtype) in found.items():
-        if dtype not in DTYPES:
-            raise ConfigError(f"{file}: {name} is of dtype {dtype}; expected {', '.join(DTYPES)} (not quantised)")
-    return {name: Stored(file, shape, DTYPES[dtype]) for name, (shape, dtype) in found.items()}
-
-
-@contextlib.contextmanager
-def _opened(file: str) -> Iterator[Any]:
-    """A safetensors file, its arrays mapped from disk; raises ConfigError if it is missing, cut short or none."""
-    import ml_dtypes  # noqa: F401  makes bfloat16 known to NumPy
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        opened = safe_open(file, "numpy")
-    except OSError as e:
-        missing = isinstance(e, FileNotFoundError)
-        raise ConfigError(f"{file}: {'no such file' if missing else e}; expected a safetensors file") from None
-    except SafetensorError as e:
-        raise ConfigError(f"{file}: not a whole safetensors file ({e}); download or save it again") from None
-    with opened as tensors:
-        yield tensors
+def _check_names(file: str, stored: Mapping[str, Stored], wanted: set[str] | None) -> None:
+    """Raises ConfigError unless a file has the names that an index expects there, in dtypes that are read."""
+    if wanted is not None and (odd := sorted(wanted ^ stored.keys())):
+        raise ConfigError(
+            f"{file}: {'lacks' if odd[0] in wanted else 'has'} {odd[0]}, the index of the directory says otherwise"
+        )
+    for name, array in stored.items():
+        if array.dtype not in DTYPES:
+            known = ", ".join(tensors.CODES[dtype] for dtype in DTYPES)
+            code = tensors.CODES[array.dtype]
+            raise ConfigError(f"{file}: {name} is of dtype {code}; expected {known} (not quantised)")
 
 
 def _pickle(path: str) -> ConfigError:
     return ConfigError(
         f"{path}: a pickle, which can run code, so it is not read; expected safetensors, as diffusers writes: "
-        "AutoencoderKLWan.from_pretrained(DIR), or .from_single_file(FILE) of Wan's own, then .save_pretrained(OUT)"
+        "CLASS.from_pretrained(DIR), or .from_single_file(FILE) of a model's own, then .save_pretrained(OUT)"
     )

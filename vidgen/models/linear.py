@@ -50,12 +50,14 @@ class Product:
       stored: axes of w's pieces, (inputs, outputs), each in the order in which they are cut.
       over_context: whether x's tokens are in pieces over context; text and noise levels are whole there.
       precision: of the products.
+      trained: whether w has a gradient; where not, none is computed, and x is not kept for it.
     """
 
     mesh: Mesh | None
     stored: tuple[tuple[str, ...], tuple[str, ...]]
     over_context: bool
     precision: str | None = None
+    trained: bool = True
 
     @property
     def x(self) -> P:
@@ -124,18 +126,23 @@ def product(x: jax.Array, w: jax.Array, whole: jax.Array | None, how: Product) -
 
 
 def _forward(x, w, whole, how):
-    return product(x, w, whole, how), (x, w, whole)
+    return product(x, w, whole, how), (x if how.trained else None, w, whole)
 
 
 def _backward(how, saved, dy):
     x, w, whole = saved
-    whole = gather(w.astype(x.dtype), how) if whole is None else whole
+    whole = gather(w.astype(dy.dtype), how) if whole is None else whole
     inputs, outputs = how.stored
 
+    def backward(whole, dy):
+        dx = _dot(dy, whole, ((dy.ndim - 1,), (1,)), how).astype(dy.dtype)
+        return jax.lax.psum(dx, "tensor") if "tensor" in outputs else dx
+
+    if not how.trained:
+        return how.run(backward, (how.used, how.y), how.x)(whole, dy), None, None
+
     def body(x, whole, dy):
-        dx = _dot(dy, whole, ((dy.ndim - 1,), (1,)), how).astype(x.dtype)
-        if "tensor" in outputs:
-            dx = jax.lax.psum(dx, "tensor")
+        dx = backward(whole, dy)
         tokens = tuple(range(x.ndim - 1))
         dw = _dot(x, dy, (tokens, tokens), how)
         for dimension, axes in enumerate(how.stored):
@@ -161,6 +168,9 @@ product.defvjp(_forward, _backward)
 class Linear(nn.Module):
     """x [B,L,I] → [B,L,O]: as `nn.Dense`, with the weight laid out by `layout`.
 
+    Where its parameters have a `lora_a` [I,r] and a `lora_b` [r,O] beside the kernel (`vidgen/models/lora.py` puts
+    them there), it adds x · lora_a · lora_b, and the kernel has no gradient (Hu et al., arXiv:2106.09685).
+
     Attributes:
       features: O.
       layout: of the mesh; None = one device.
@@ -177,21 +187,30 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        x, low_rank = x.astype(self.dtype), self.has_variable("params", "lora_a")
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        how, whole = self._product(kernel.shape), None
-        if self.layout is not None and self.layout.rematerialised:
-            whole = gather(jax.lax.stop_gradient(kernel).astype(self.dtype), how)
-            whole = checkpoint_name(whole, WEIGHTS)
-        y = product(x.astype(self.dtype), kernel, whole, how)
+        y = self._product(x, "kernel", kernel, trained=not low_rank)
+        if low_rank:
+            for name in ("lora_a", "lora_b"):
+                x = self._product(x, name, self.get_variable("params", name))
+            y = y + x
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = (y.astype(jnp.float32) + bias).astype(self.dtype)  # so that its gradient too is summed in float32
         return y
 
-    def _product(self, shape: tuple[int, int]) -> Product:
+    def _product(self, x: jax.Array, name: str, w: jax.Array, trained: bool = True) -> jax.Array:
+        """x · w, the parameter of that name."""
+        how, whole = self._how(name, w.shape, trained), None
+        if self.layout is not None and self.layout.rematerialised:
+            whole = gather(jax.lax.stop_gradient(w).astype(self.dtype), how)
+            whole = checkpoint_name(whole, WEIGHTS)
+        return product(x, w, whole, how)
+
+    def _how(self, name: str, shape: tuple[int, int], trained: bool) -> Product:
         if self.layout is None:
-            return Product(None, ((), ()), False, self.precision)
+            return Product(None, ((), ()), False, self.precision, trained)
         sizes = dict(self.layout.mesh.shape)
-        spec = spec_of("/".join((*self.path, "kernel")), shape, sizes, self.layout.rules)
+        spec = spec_of("/".join((*self.path, name)), shape, sizes, self.layout.rules)
         inputs, outputs = ((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in (*spec, None, None)[:2])
-        return Product(self.layout.mesh, (inputs, outputs), self.over_context, self.precision)
+        return Product(self.layout.mesh, (inputs, outputs), self.over_context, self.precision, trained)

@@ -12,15 +12,18 @@ def axis_widths(head_dim: int, axes: int) -> tuple[int, ...]:
     return tuple(pairs // axes + (i < pairs % axes) for i in range(axes))
 
 
-def rope_table(coords_BxSxA: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_table(
+    coords_BxSxA: jax.Array, head_dim: int, theta: float, pairs: tuple[int, ...] = ()
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, each [B,1,S,head_dim/2] f32 (Su et al., arXiv:2104.09864), the axes side by side.
 
     Args:
       coords_BxSxA: coordinates of the tokens along A axes.
       theta: the wavelengths run from 2π to 2π·theta, in units of the coordinates.
+      pairs: rotated pairs of each axis, head_dim/2 together; (): as `axis_widths` shares them out.
     """
     angles = []
-    for axis, width in enumerate(axis_widths(head_dim, coords_BxSxA.shape[-1])):
+    for axis, width in enumerate(pairs or axis_widths(head_dim, coords_BxSxA.shape[-1])):
         frequency = theta ** (-jnp.arange(width, dtype=jnp.float32) / max(width, 1))
         angles.append(coords_BxSxA[..., axis, None].astype(jnp.float32) * frequency)
     angle = jnp.concatenate(angles, axis=-1)[:, None]

@@ -10,12 +10,16 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vidgen.batch import TokenBatch
+from vidgen.conditioning import masks
+from vidgen.conditioning.rows import in_training
 from vidgen.config import ConfigError
 from vidgen.data.text import BEGIN
 from vidgen.diffusion import path
 from vidgen.diffusion.generator import Generator
 from vidgen.diffusion.timesteps import evaluation_levels, logit_normal
 from vidgen.models.blocks import pick
+
+NOTHING = ConfigDict({"masks": (), "channels": "none"}).lock()  # `config.control` of a run without controls
 
 
 def check(objective: ConfigDict) -> None:
@@ -25,6 +29,14 @@ def check(objective: ConfigDict) -> None:
             raise ConfigError(f"config.objective.{name}={objective[name]!r}: known are {', '.join(path.SPACES)}")
     if not 0 <= objective.caption_dropout <= 1:
         raise ConfigError(f"config.objective.caption_dropout={objective.caption_dropout}: expected 0 to 1")
+    span = tuple(objective.time_range)
+    numbers = all(isinstance(t, int | float) and not isinstance(t, bool) for t in span)
+    if len(span) != 2 or not numbers or not 0 <= span[0] < span[1] <= 1:
+        raise ConfigError(f"config.objective.time_range={span}: expected (least, most) noise level, of 0 to 1")
+    if span != (0, 1) and not objective.time_std:
+        raise ConfigError(
+            f"config.objective.time_range={span}: config.objective.time_std=0 leaves one noise level only"
+        )
 
 
 def trained(batch: TokenBatch) -> jax.Array:
@@ -41,12 +53,22 @@ def segment_tokens(batch: TokenBatch, segments: int) -> jax.Array:
     return hot.sum(axis=1)[:, 1:]
 
 
-def drop_captions(batch: TokenBatch, dropped_BxK: jax.Array) -> TokenBatch:
-    """Leaves only the begin token of the captions of dropped segments, which is what an empty prompt is."""
-    ids, segment = batch.context["text"]
-    dropped = jnp.pad(dropped_BxK, ((0, 0), (1, 0)))
-    gone = jnp.take_along_axis(dropped, segment, axis=1) & (ids != BEGIN)
-    return batch.replace(context=batch.context | {"text": (ids, jnp.where(gone, 0, segment))})
+def drop_captions(batch: TokenBatch, dropped_BxK: jax.Array, padded: bool = False) -> TokenBatch:
+    """Makes an empty prompt of the captions of dropped segments.
+
+    Of bytes that is their begin token alone. Of a frozen encoder's values it is `batch.context["empty"]` in place of
+    their first, and nothing behind it, or with `padded` (config.text.pad) zeros that are attended to.
+    """
+    text, segment = batch.context["text"]
+    dropped = jnp.take_along_axis(jnp.pad(dropped_BxK, ((0, 0), (1, 0))), segment, axis=1)
+    if jnp.issubdtype(text.dtype, jnp.integer):
+        gone = dropped & (text != BEGIN)
+    else:
+        empty, _ = batch.context["empty"]
+        first = segment != jnp.pad(segment, ((0, 0), (1, 0)))[:, :-1]
+        text = jnp.where(dropped[..., None], jnp.where(first[..., None], empty, 0.0), text)
+        gone = dropped & ~first & (not padded)
+    return batch.replace(context=batch.context | {"text": (text, jnp.where(gone, 0, segment))})
 
 
 def row_randomness(keys_B: jax.Array, segments: int, shape: tuple[int, int]):
@@ -80,31 +102,54 @@ def errors(
     return weight * jnp.mean(error * error, axis=-1)
 
 
-def loss_of(generator: Generator, objective: ConfigDict) -> Callable[[Any, TokenBatch, jax.Array], jax.Array]:
+def weight_of(control: ConfigDict) -> Callable[[TokenBatch, jax.Array], jax.Array]:
+    """(rows from the feed, a random key a row) → [B,S] f32: 1 for the tokens that `loss_of` counts; see `trained`."""
+
+    def weight(batch: TokenBatch, keys_B: jax.Array) -> jax.Array:
+        if control.channels == "none" and control.masks:
+            batch = batch.replace(known=masks.draw(batch, keys_B, control.masks).known[..., None])
+        return trained(batch)
+
+    return weight
+
+
+def loss_of(
+    generator: Generator, objective: ConfigDict, control: ConfigDict = NOTHING
+) -> Callable[[Any, TokenBatch, jax.Array], jax.Array]:
     """(params, rows from the feed, a random key a row) → sum of the trained tokens' errors.
 
-    Divide it by the trained tokens of the global batch.
+    Divide it by the trained tokens of the global batch, which `weight_of` tells.
     """
 
     def loss_sum(params: Any, batch: TokenBatch, keys_B: jax.Array) -> jax.Array:
+        batch = in_training(batch, keys_B, generator.tokenizer, control)
         batch = batch.replace(tokens=generator.tokenizer.latents(batch.tokens, keys_B))
         segments = batch.clip.shape[1]
         normal, uniform, noise = row_randomness(keys_B, segments, batch.tokens.shape[1:])
         levels = logit_normal(normal, objective, segment_tokens(batch, segments))
         levels = jnp.pad(levels, ((0, 0), (1, 0)))  # level 0: clean
-        batch = drop_captions(batch, uniform < objective.caption_dropout)
+        padded = generator.text is not None and generator.text.pad > 0
+        batch = drop_captions(batch, uniform < objective.caption_dropout, padded)
         return jnp.sum(trained(batch) * errors(generator, params, batch, levels, noise, objective))
 
     return loss_sum
 
 
 def heldout_sums(
-    generator: Generator, params, batch: TokenBatch, keys_B: jax.Array, objective: ConfigDict, count: int
+    generator: Generator,
+    params,
+    batch: TokenBatch,
+    keys_B: jax.Array,
+    objective: ConfigDict,
+    count: int,
+    control: ConfigDict = NOTHING,
 ) -> tuple[jax.Array, jax.Array]:
     """(summed error at each of `count` fixed noise levels [count], trained tokens); only the noise is random.
 
-    A learned tokenizer's latents are the means of their posteriors here.
+    Nothing is given of the clips here, so that figures of runs with different masks can be compared, and a learned
+    tokenizer's latents are the means of their posteriors.
     """
+    batch = in_training(batch, None, generator.tokenizer, control)
     batch = batch.replace(tokens=generator.tokenizer.latents(batch.tokens, None))
     segments = batch.clip.shape[1]
     _, _, noise = row_randomness(keys_B, segments, batch.tokens.shape[1:])

@@ -31,16 +31,24 @@ Rules = tuple[tuple[str, tuple[Axes, ...]], ...]
 PRESETS: dict[str, Rules] = {
     "default": (
         (r"embedding$", (("fsdp", "context"), None)),
-        (r"/(query|key|value|up)/kernel$", ("context", ("tensor", "fsdp"))),
+        (r"/(query|(image_)?(key|value)|up)/kernel$", ("context", ("tensor", "fsdp"))),
         (r"/(out|down)/kernel$", (("tensor", "context"), "fsdp")),
         (r"kernel$", ("context", "fsdp")),
+        # Low-rank updates, [in, rank] and [rank, out]: cut as their kernel is, but for the rank.
+        (r"/(out|down)/lora_a$", (("tensor", "context"), None)),
+        (r"lora_a$", ("context", None)),
+        (r"/(query|(image_)?(key|value)|up)/lora_b$", (None, ("tensor", "fsdp"))),
+        (r"lora_b$", (None, "fsdp")),
     ),
     # Weights over fsdp alone: larger pieces, gathers over one axis only.
     "fsdp": (
         (r"embedding$", ("fsdp", None)),
-        (r"/(query|key|value|up)/kernel$", (None, ("tensor", "fsdp"))),
+        (r"/(query|(image_)?(key|value)|up)/kernel$", (None, ("tensor", "fsdp"))),
         (r"/(out|down)/kernel$", ("tensor", "fsdp")),
         (r"kernel$", (None, "fsdp")),
+        (r"/(out|down)/lora_a$", ("tensor", None)),
+        (r"/(query|(image_)?(key|value)|up)/lora_b$", (None, ("tensor", "fsdp"))),
+        (r"lora_b$", (None, "fsdp")),
     ),
     # Every device holds all weights: small models, and the reference that the others are tested against.
     "replicated": (),

@@ -13,15 +13,16 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from vidgen.geometry import Geometry
-from vidgen.models import attend, remat, windows
+from vidgen.models import attend, backbones, remat, uvit, windows
 from vidgen.models.attend import Attending
 from vidgen.models.kernels import blockwise
 from vidgen.parallel.mesh import AXES
 from vidgen.planning import mix as mixes
-from vidgen.planning.flops import Pairs, StepFlops, forward_passes, parameters, sample_flops, step_flops
+from vidgen.planning.flops import Pairs, StepFlops, forward_passes, sample_flops, step_flops
 from vidgen.planning.hardware import Topology
 from vidgen.planning.memory import drawing_parts, host_bytes, training_parts
 from vidgen.planning.mix import Mix
+from vidgen.planning.parameters import images, parameters
 from vidgen.planning.roofline import Roofline, budget, clip_cost, predict
 from vidgen.planning.traffic import communication, drawing_traffic, memory_traffic
 from vidgen.tokenizers.base import geometry_from_config
@@ -102,7 +103,7 @@ class Estimate:
 
 def supposed(config: ConfigDict, mode: str = "train") -> Mix:
     """The clips that an estimate supposes; raises ConfigError where none fits into a row."""
-    geometry = geometry_from_config(config.tokenizer)
+    geometry = geometry_from_config(config.tokenizer, config.vae)
     return mixes.typical(config, geometry) if mode == "train" else mixes.one_clip(config, geometry)
 
 
@@ -121,7 +122,7 @@ def estimate(
       shown: what `supposed` gives, to spare it.
     """
     m, s, r = config.model, config.sample, config.rows
-    geometry, sizes = geometry_from_config(config.tokenizer), {axis: config.mesh[axis] for axis in AXES}
+    geometry, sizes = geometry_from_config(config.tokenizer, config.vae), {axis: config.mesh[axis] for axis in AXES}
     how, shown, training = attending(config, topology), shown or supposed(config, mode), mode == "train"
     kernel = kernel_of(config, how)
     evaluations = forward_passes(s.solver, s.steps, s.guidance)
@@ -204,7 +205,7 @@ def drawn_flops(config: ConfigDict, geometry: Geometry, shown: Mix, how: Attendi
 
 def memory_parts(config: ConfigDict, topology: Topology, mode: str = "train") -> dict[str, float]:
     """What a device holds at the peak, by the estimate, largest first: what it is → bytes."""
-    how, features = attending(config, topology), geometry_from_config(config.tokenizer).features
+    how, features = attending(config, topology), geometry_from_config(config.tokenizer, config.vae).features
     sizes = {axis: config.mesh[axis] for axis in AXES}
     found = training_parts if mode == "train" else drawing_parts
     parts = found(config, features, sizes, how.strategy, how.ulysses)
@@ -222,7 +223,7 @@ def attending(config: ConfigDict, topology: Topology) -> Attending:
     """How attention is computed on the topology; raises ConfigError."""
     sizes = tuple(config.mesh[axis] for axis in AXES)
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return attend.from_config(config, mesh, PLATFORMS[topology.chip.platform])
+    return backbones.attending(config, mesh, PLATFORMS[topology.chip.platform])
 
 
 def executed(config: ConfigDict, mix: Mix, how: Attending) -> Pairs:
@@ -230,8 +231,12 @@ def executed(config: ConfigDict, mix: Mix, how: Attending) -> Pairs:
     r, m = config.rows, config.model
     alone = (1, 1, how.mesh.shape["context"], 1)  # of the mesh it matters how many devices share a row
     how = dataclasses.replace(how, mesh=AbstractMesh(alone, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
+    text = float(r.count * r.text**2)  # the text encoder's attention skips nothing
+    if m.backbone == "uvit":
+        levels = (r.segments + 1,) * (2 if m.classes else 1)
+        return Pairs(_executed_together(mix, how, r.text * m.cross, levels), 0.0, 0.0, text)
     full, windowed, crossed = _executed(mix, how, r.text, tuple(m.window), m.full_every)
-    return Pairs(full, windowed, crossed, float(r.count * r.text**2))  # the text encoder's attention skips nothing
+    return Pairs(full, windowed, crossed + r.count * r.tokens * images(config), text)
 
 
 @functools.lru_cache(maxsize=512)  # since a search asks for the same ones often
@@ -248,6 +253,19 @@ def _executed(
         for kind, share in mixes.windowed_layers(window, full_every).items():
             windowed += times * share * _own_pairs(_window_ids(mix, row, window, kind == "shifted"), how, True)
     return full / mix.steps, windowed / mix.steps, crossed / mix.steps
+
+
+@functools.lru_cache(maxsize=512)
+def _executed_together(mix: Mix, how: Attending, text: int, levels: tuple[int, ...]) -> float:
+    """Pairs of a U-ViT's attention, whose rows are `text` tokens, those of `levels`, and patches."""
+    full = 0.0
+    for clips, times in collections.Counter(mix.clips).items():
+        row = mix.clips.index(clips)
+        others = np.concatenate([mix.text_ids(row, text), *map(np.arange, levels)])
+        others = np.pad(others, (0, uvit.filled(len(others), how) - len(others)))
+        ids = uvit.join(others[None], mix.ids(row)[None], how.mesh.shape["context"])
+        full += times * _own_pairs(np.asarray(ids, np.int32), how, False)
+    return full / mix.steps
 
 
 @functools.lru_cache(maxsize=64)
@@ -281,6 +299,9 @@ def kernel_of(config: ConfigDict, how: Attending) -> str:
     if kernel == "splash":
         from vidgen.models.kernels.splash import fused  # imports Pallas
 
-        if not fused(config.rows.tokens // how.rounds, config.rows.tokens, m.width // m.heads, how.block):
+        tokens = config.rows.tokens
+        if m.backbone == "uvit":
+            tokens += uvit.filled(uvit.prefix(config), how)
+        if not fused(tokens // how.rounds, tokens, m.width // m.heads, how.block):
             return "splash_unfused"
     return kernel

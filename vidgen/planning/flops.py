@@ -12,11 +12,19 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from vidgen.data.text import VOCAB
 from vidgen.geometry import Geometry
-
-SINUSOIDS, PLACES = 256, 3 * 64  # numbers that tell a noise level and a place
-NGRAMS, BUCKETS = 4, 4096  # of the text encoder's hashed embeddings
+from vidgen.models.architecture import mlp_dim
+from vidgen.models.conditions import SINUSOIDS
+from vidgen.planning.parameters import (
+    encoded_width,
+    image_tokens,
+    images,
+    outputs,
+    placed,
+    row_tokens,
+    text_width,
+    trains,
+)
 
 # Products that attention runs backward for each forward's two. With the scores in memory four; a flash kernel computes
 # the scores again; one that makes the gradients of queries and of keys in two passes does so twice, and dP with them.
@@ -96,11 +104,6 @@ class StepFlops:
         return self.recomputed / self.executed
 
 
-def hidden(width: int, ratio: float) -> int:
-    """Hidden width of an MLP, as `vidgen.models.blocks.Mlp` has it."""
-    return int(width * ratio)
-
-
 def full_layers(m: ConfigDict) -> int:
     """How many of the layers of `config.model` attend to the whole clip and not to windows."""
     if not m.window or m.full_every == 1:
@@ -111,60 +114,83 @@ def full_layers(m: ConfigDict) -> int:
 def products(config: ConfigDict, tokens: float, texts: float, levels: float) -> dict[str, float]:
     """FLOPs of the forward products with weights in all blocks, by the name of the tensor they make.
 
-    The names are those of rematerialisation (`vidgen/models/remat.py`), and "modulation", which has none there and is
-    always computed again where anything is.
+    The names are those of rematerialisation (`vidgen/models/remat.py`), and others that have none there and are
+    always computed again where anything is: modulation, level, skip.
 
     Args:
       tokens, texts, levels: video tokens, text tokens and noise levels in all rows.
     """
     m = config.model
+    if m.backbone == "uvit":
+        tokens *= row_tokens(config) / config.rows.tokens
     one = m.layers * 2 * m.width**2  # a square product, a token
-    mlp = m.layers * 2 * m.width * hidden(m.width, m.mlp_ratio)
-    return {
-        "query": one * tokens,
-        "key": one * tokens,
-        "value": one * tokens,
-        "attention_project": one * tokens,
-        "cross_query": one * tokens,
-        "cross_project": one * tokens,
-        "mlp_up": mlp * tokens,
-        "mlp_down": mlp * tokens,
-        "cross_key": m.layers * 2 * text_width(config) * m.width * texts,
-        "cross_value": m.layers * 2 * text_width(config) * m.width * texts,
-        "modulation": 0.0 if m.shared_modulation else 6 * one * levels,
-    }
+    mlp = m.layers * 2 * m.width * mlp_dim(m)
+    found = dict.fromkeys(("query", "key", "value", "attention_project"), one * tokens)
+    found |= dict.fromkeys(("mlp_up", "mlp_down"), mlp * tokens)
+    if m.backbone == "uvit":
+        return found | {"skip": m.layers // 2 * 2 * 2 * m.width**2 * tokens}
+    found["modulation"] = 0.0 if m.shared_modulation else 6 * one * levels
+    if m.level_per_block:
+        found["level"] = m.layers * 2 * m.width * (SINUSOIDS + m.width) * levels
+    if m.cross:
+        found |= dict.fromkeys(("cross_query", "cross_project"), one * tokens)
+        found |= dict.fromkeys(("cross_key", "cross_value"), m.layers * 2 * text_width(config) * m.width * texts)
+    if m.image_width:
+        for name in ("cross_key", "cross_value"):
+            found[name] += one * tokens / config.rows.tokens * images(config)
+    return found
 
 
 def ends(config: ConfigDict, features: int, tokens: float, texts: float, levels: float) -> float:
     """FLOPs of the forward products outside blocks: first and last layer, noise levels, the text encoder."""
     m, t = config.model, config.text
-    flops = tokens * 2 * m.width * (2 * features + (PLACES if m.absolute else 0))
-    flops += levels * 2 * m.width * (SINUSOIDS + m.width + 2 * m.width + (6 * m.width if m.shared_modulation else 0))
+    flops = tokens * 2 * m.width * (features + m.cond + outputs(m, features) + placed(m))
+    if not m.cross:
+        texts = 0.0
+    if trains(config):
+        flops += texts * t.layers * 2 * (4 + 2 * 4) * t.width**2
+    if m.backbone == "uvit":
+        return flops + texts * 2 * encoded_width(config) * m.width
+    a_level = 0 if m.level_per_block else SINUSOIDS + m.width
+    a_level += 6 * m.width if m.shared_modulation else 0
+    a_level += 2 * m.width if m.final == "modulation" else 0
+    flops += levels * 2 * m.width * a_level
     if m.text_mlp:
-        flops += texts * 2 * m.width * (t.width + m.width)
-    return flops + texts * t.layers * 2 * (4 + 2 * 4) * t.width**2
+        flops += texts * 2 * m.width * (encoded_width(config) + m.width)
+    if m.image_width:
+        flops += tokens / config.rows.tokens * images(config) * 2 * m.image_width * (m.image_width + m.width)
+    return flops
 
 
-def text_width(config: ConfigDict) -> int:
-    """Width of the text that blocks attend to."""
-    return config.model.width if config.model.text_mlp else config.text.width
-
-
-def attention(config: ConfigDict, pairs: Pairs) -> tuple[float, float]:
-    """FLOPs of one attention product, scores say, in all layers: (of self-attention, of cross and the text encoder)."""
+def attention(config: ConfigDict, pairs: Pairs) -> tuple[float, float, float]:
+    """FLOPs of one attention product, scores say, in all layers: of self-attention, of cross, of the text encoder."""
     m, t = config.model, config.text
     full = full_layers(m)
     own = 2 * m.width * (full * pairs.full + (m.layers - full) * pairs.windowed)
-    return own, 2 * (m.width * m.layers * pairs.crossed + t.width * t.layers * pairs.text)
+    crossed = pairs.crossed if m.cross and m.backbone != "uvit" else 0.0
+    text = 2 * t.width * t.layers * pairs.text if trains(config) else 0.0
+    return own, 2 * m.width * m.layers * crossed, text
+
+
+def useful_pairs(config: ConfigDict, pairs: Pairs, tokens: float) -> Pairs:
+    """`pairs` of a packing as the model has them.
+
+    In a U-ViT, text and video attend to themselves and each other; the tokens of noise levels and labels, one or two a
+    clip, are left out. Where there are image features, each of `tokens` attends to those of one clip.
+    """
+    m = config.model
+    if m.backbone == "uvit" and m.cross:
+        return dataclasses.replace(pairs, full=pairs.full + 2 * pairs.crossed + pairs.text)
+    return dataclasses.replace(pairs, crossed=pairs.crossed + (tokens * image_tokens(m) if m.image_width else 0))
 
 
 def whole_rows(config: ConfigDict) -> Pairs:
     """The pairs of attention that skips nothing: masked scores are computed too."""
     r = config.rows
     return Pairs(
-        full=r.count * r.tokens**2,
+        full=r.count * row_tokens(config) ** 2,
         windowed=r.count * r.tokens**2,
-        crossed=r.count * r.tokens * r.text,
+        crossed=r.count * r.tokens * (r.text + images(config)),
         text=r.count * r.text**2,
     )
 
@@ -195,19 +221,20 @@ def step_flops(
     tokens, texts, levels = r.count * r.tokens, r.count * r.text, r.count * (r.segments + 1)
     by_name = products(config, tokens, texts, levels)
     forward = sum(by_name.values()) + ends(config, features, tokens, texts, levels)
-    useful = sum(attention(config, Pairs(squares, windowed, crossed, text_squares)))
-    own, other = attention(config, executed or whole_rows(config))
-    cross = 2 * config.model.width * config.model.layers * (executed or whole_rows(config)).crossed
+    useful = sum(attention(config, useful_pairs(config, Pairs(squares, windowed, crossed, text_squares), tokens)))
+    own, cross, text = attention(config, executed or whole_rows(config))
 
     again, attention_again = 0.0, 0.0
     if saved is not None:
-        again = sum(flops for name, flops in by_name.items() if name not in saved)
+        # What a U-ViT's MLP gives is but added, so that its gradient needs no second run.
+        spared = saved | {"mlp_down"} if config.model.backbone == "uvit" else saved
+        again = sum(flops for name, flops in by_name.items() if name not in spared)
         attention_again = own * _again(kernel, saved, "attention") + cross * _again(kernel, saved, "cross")
     return StepFlops(
         matmul=3.0 * forward,
         attention_useful=6.0 * useful,
-        attention_forward=2.0 * (own + other),
-        attention_backward=float(BACKWARD[kernel]) * (own + other),
+        attention_forward=2.0 * (own + cross + text),
+        attention_backward=float(BACKWARD[kernel]) * (own + cross + text),
         matmul_recomputed=again,
         attention_recomputed=attention_again,
     )
@@ -246,18 +273,18 @@ def sample_flops(
     """
     tokens, texts, levels = geometry.tokens(*geometry.cover(frames, height, width)), config.rows.caption, 2
     evaluations = forward_passes(config.sample.solver, steps, guidance)
-    text = texts * config.text.layers * 2 * (4 + 2 * 4) * config.text.width**2
-    text_squares = 2 * 2 * config.text.width * config.text.layers * texts**2
+    encoded = texts * config.text.layers * 2 * (4 + 2 * 4) * config.text.width**2 if trains(config) else 0.0
+    text_squares = 2 * attention(config, Pairs(0, 0, 0, texts**2))[2]
 
     def matmul(tokens: float) -> float:
         made = sum(products(config, tokens, texts, levels).values())
-        return made + ends(config, geometry.features, tokens, texts, levels) - text
+        return made + ends(config, geometry.features, tokens, texts, levels) - encoded
 
-    useful = Pairs(tokens**2, windowed, tokens * texts, 0)
-    asked, run = (sum(attention(config, dataclasses.replace(p, text=0))) for p in (useful, executed or useful))
+    useful = useful_pairs(config, Pairs(tokens**2, windowed, tokens * texts, texts**2), tokens)
+    asked, run = (sum(attention(config, p)[:2]) for p in (useful, executed or useful))
     padded = max(row, tokens)
     return StepFlops(
-        matmul=evaluations * matmul(padded) + text,
+        matmul=evaluations * matmul(padded) + encoded,
         attention_useful=2 * evaluations * asked + text_squares,
         attention_forward=2 * evaluations * run + text_squares,
         attention_backward=0.0,
@@ -268,37 +295,3 @@ def sample_flops(
 def forward_passes(solver: str, steps: int, guidance: float) -> int:
     """Evaluations of the model that draw a clip."""
     return (2 * steps - 1 if solver == "heun" else steps) * (1 if guidance == 1 else 2)
-
-
-def block_parameters(config: ConfigDict) -> int:
-    """Of one block of the denoiser."""
-    m = config.model
-    inner = hidden(m.width, m.mlp_ratio)
-    attentions = 6 * m.width**2 + 2 * text_width(config) * m.width + 4 * (m.width // m.heads)  # and norms of q and k
-    modulation = 6 * m.width * (1 if m.shared_modulation else m.width + 1)
-    return attentions + modulation + 2 * m.width * inner + inner + m.width
-
-
-def text_parameters(config: ConfigDict) -> int:
-    """Of the text encoder over bytes, which trains with the denoiser."""
-    t = config.text
-    inner = hidden(t.width, 4.0)
-    layer = 2 * t.width + 4 * t.width**2 + 2 * (t.width // t.heads) + 2 * t.width * inner + inner + t.width
-    return (VOCAB + NGRAMS * BUCKETS) * t.width + t.layers * layer + t.width
-
-
-def parameters(config: ConfigDict, features: int) -> int:
-    """All that trains: the denoiser and its text encoder.
-
-    Args:
-      features: P, width of a token.
-    """
-    m = config.model
-    count = m.layers * block_parameters(config) + text_parameters(config)
-    count += (features + 1) * m.width + (m.width + 1) * features  # embed, head
-    count += (PLACES + 1) * m.width if m.absolute else 0
-    count += (SINUSOIDS + 1) * m.width + (m.width + 1) * m.width  # noise levels
-    count += 2 * m.width * (m.width + 1)  # final modulation
-    count += 6 * m.width * (m.width + 1) if m.shared_modulation else 0
-    count += (config.text.width + 1) * m.width + (m.width + 1) * m.width if m.text_mlp else 0
-    return count

@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 
 from vidgen import config as configs
 from vidgen.config import ConfigError
+from vidgen.models.architecture import mlp_dim
 from vidgen.parallel.mesh import AXES, axis_sizes, check_fit
 from vidgen.planning.arithmetic import attending
-from vidgen.planning.flops import hidden
 from vidgen.planning.hardware import Topology
 from vidgen.planning.search import meshes, undivided
 from vidgen.tokenizers.base import geometry_from_config
@@ -82,7 +82,7 @@ def refit(config: ConfigDict, topology: Topology) -> ConfigDict:
     ConfigError where there is none.
     """
     r, m, parts = config.rows, config.model, config.optimizer.accumulate
-    inner = hidden(m.width, m.mlp_ratio)
+    inner = mlp_dim(m)
     found = meshes(topology, r.count // parts, r.tokens, m.heads, inner) if r.count % parts == 0 else []
 
     def far(sizes: dict[str, int]) -> tuple[float, ...]:
@@ -101,7 +101,7 @@ def refit(config: ConfigDict, topology: Topology) -> ConfigDict:
 
 def sampling_config(config: ConfigDict, topology: Topology) -> ConfigDict:
     """The config whose rows hold one clip of `config.sample`'s size each, one a slice, as drawing it has them."""
-    geometry, s = geometry_from_config(config.tokenizer), config.sample
+    geometry, s = geometry_from_config(config.tokenizer, config.vae), config.sample
     tokens = geometry.tokens(*geometry.cover(s.frames, s.height, s.width))
     step = 128 * (topology.devices // topology.slices)  # whole vectors of a TPU, however many devices share the clip
     changes = {

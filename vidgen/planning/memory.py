@@ -7,8 +7,9 @@ import functools
 from ml_collections import ConfigDict
 
 from vidgen.models import remat
-from vidgen.planning.flops import block_parameters, hidden, parameters
-from vidgen.planning.traffic import MASTER, number, shards, split_attention, state_bytes
+from vidgen.models.architecture import mlp_dim
+from vidgen.planning.parameters import block_parameters, parameters, row_tokens
+from vidgen.planning.traffic import MASTER, number, shards, split_attention, state_bytes, trained
 
 HEADROOM = 0.9  # share of the memory that an estimate may fill
 
@@ -29,13 +30,13 @@ def kept_bytes(config: ConfigDict, tensor: int) -> dict[str, float]:
     found["residual"] = (2 if m.residual == "bfloat16" else 4) * m.width
     pieces = dict.fromkeys(("query", "key", "value", "attention_out", "cross_query", "cross_out"), wide)
     pieces |= {"attention_lse": 4 * m.heads, "cross_lse": 4 * m.heads}
-    pieces["mlp_up"] = number(config) * hidden(m.width, m.mlp_ratio)
+    pieces["mlp_up"] = number(config) * mlp_dim(m)
     return found | {name: size / tensor for name, size in pieces.items()}
 
 
 def tokens_of_a_device(config: ConfigDict, mesh: dict[str, int]) -> float:
     """In a step, all microbatches."""
-    return config.rows.count * config.rows.tokens / (mesh["data"] * mesh["fsdp"] * mesh["context"])
+    return config.rows.count * row_tokens(config) / (mesh["data"] * mesh["fsdp"] * mesh["context"])
 
 
 def host_bytes(config: ConfigDict, mesh: dict[str, int]) -> float:
@@ -58,9 +59,11 @@ def training_parts(
     local = tokens_of_a_device(config, mesh) / accumulate
     kept = {f"{name} of all layers": m.layers * local * size for name, size in kept_bytes(config, tensor).items()
             if name in held(m.remat)[0]}  # fmt: skip
+    if m.backbone == "uvit":
+        kept["long skips"] = m.layers // 2 * local * kept_bytes(config, tensor)["residual"]
     return kept | {
         "weights, their average and the optimizer's moments": state_bytes(config, features, mesh),
-        "gradients": MASTER * parameters(config, features) / shards(config, mesh) * (2 if accumulate > 1 else 1),
+        "gradients": MASTER * trained(config, features) / shards(config, mesh) * (2 if accumulate > 1 else 1),
         "what has no name, of all layers": m.layers * local * _unnamed(config) if everything else 0.0,
         # This block's and the next's, gathered, and a gradient in float32.
         "gathered weights": (2 * number(config) + MASTER) * block_parameters(config) / tensor,
@@ -92,14 +95,14 @@ def _unnamed(config: ConfigDict) -> float:
 def _block_at_work(config: ConfigDict, tensor: int) -> float:
     """Bytes a token of what a block makes on its way, and its gradients."""
     m = config.model
-    return 2 * _unnamed(config) + number(config) * (12 * m.width + 4 * hidden(m.width, m.mlp_ratio)) / tensor
+    return 2 * _unnamed(config) + number(config) * (12 * m.width + 4 * mlp_dim(m)) / tensor
 
 
 def _exchanged(config: ConfigDict, mesh: dict[str, int], strategy: str, ulysses: int, gradient: int) -> float:
     """Bytes of keys and values of all rows of a device that come from others; `gradient`: bytes of a number of it."""
     inner, outer = split_attention(config, mesh, strategy, ulysses)
     rows = config.rows.count / (mesh["data"] * mesh["fsdp"])
-    keys = 2 * rows * config.rows.tokens * config.model.width / mesh["tensor"] / inner  # numbers, of all tokens
+    keys = 2 * rows * row_tokens(config) * config.model.width / mesh["tensor"] / inner  # numbers, of all tokens
     sizes = {
         "gather": (number(config) + gradient) * keys,
         "ring": 2 * (MASTER + 3 * gradient) * keys / (mesh["context"] // inner),

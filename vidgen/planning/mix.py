@@ -108,7 +108,7 @@ def typical(config: ConfigDict, geometry: Geometry) -> Mix:
     packing = Packing(MovingShapes.from_config(shapes).sizes, geometry, config.rows, config.seed)
     steps = min(STEPS, packing.steps_per_epoch)
     rows = tuple(row for step in range(steps) for row in packing.step(step))
-    clips = tuple(tuple(_clip(geometry, p) for p in row) for row in rows)
+    clips = tuple(tuple(_clip(geometry, p, config.text.pad) for p in row) for row in rows)
     return Mix(_words(rows), clips, config.rows.tokens, steps, _tick(config, geometry, shapes.fps))
 
 
@@ -134,8 +134,8 @@ def _tick(config: ConfigDict, geometry: Geometry, fps: float) -> float:
     return geometry.block[0] / fps * 8 if config.model.time_in_seconds else 1.0
 
 
-def _clip(geometry: Geometry, placed) -> tuple[tuple[int, int, int], int]:
-    return tuple(map(int, geometry.grid(placed.frames, placed.height, placed.width))), placed.text
+def _clip(geometry: Geometry, placed, pad: int) -> tuple[tuple[int, int, int], int]:
+    return tuple(map(int, geometry.grid(placed.frames, placed.height, placed.width))), max(placed.text, pad)
 
 
 def _words(rows: tuple[Row, ...]) -> str:

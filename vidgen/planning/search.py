@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from vidgen import config as configs
 from vidgen.config import ConfigError
 from vidgen.models import remat
+from vidgen.models.architecture import mlp_dim
 from vidgen.planning import arithmetic
-from vidgen.planning.flops import hidden
 from vidgen.planning.hardware import Topology
 from vidgen.planning.memory import HEADROOM
 from vidgen.planning.roofline import Roofline
@@ -137,7 +137,7 @@ def rank(
     shown = arithmetic.supposed(config)
     trial = configs.override(config, {"mesh.slices": topology.slices})  # changed in place: there are thousands
     refusal, found = undivided(config, topology), {}
-    shapes = meshes(topology, r.count, r.tokens, m.heads, hidden(m.width, m.mlp_ratio))
+    shapes = meshes(topology, r.count, r.tokens, m.heads, mlp_dim(m))
     for mesh, accumulate in itertools.product(shapes, accumulates):
         if r.count % (mesh["data"] * mesh["fsdp"] * accumulate):
             continue

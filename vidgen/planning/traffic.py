@@ -10,7 +10,8 @@ import math
 
 from ml_collections import ConfigDict
 
-from vidgen.planning.flops import block_parameters, hidden, parameters
+from vidgen.models.architecture import mlp_dim
+from vidgen.planning.parameters import block_parameters, parameters, row_tokens
 
 MASTER = 4  # bytes of a weight, a moment or a gradient
 
@@ -95,7 +96,7 @@ def communication(
     add("gradients of copies", rest, 2 * weights / pieces * MASTER * (1 - 1 / shared), times)
 
     width = m.width / tensor
-    row = rows * r.tokens * width * matrix  # one activation of whole rows
+    row = rows * row_tokens(config) * width * matrix  # one activation of whole rows
     inner, outer = split_attention(config, mesh, strategy, ulysses)
     rounds = context // inner
     if inner > 1:
@@ -106,7 +107,7 @@ def communication(
         ring = outer == "ring"
         add(f"{outer}: keys and values", ("context",), keys, 2 * times, hidden=ring)
         add(f"{outer}: their gradients", ("context",), keys * (2 if ring else 1), times, hidden=ring)
-    summed = 2 * rows * r.tokens / context * m.width * matrix * (1 - 1 / tensor)
+    summed = 2 * rows * row_tokens(config) / context * m.width * matrix * (1 - 1 / tensor)
     add("tensor", ("tensor",), summed, 6 * times, hidden=False)
     return found
 
@@ -118,12 +119,26 @@ def shards(config: ConfigDict, mesh: dict[str, int]) -> int:
 
 
 def state_bytes(config: ConfigDict, features: int, mesh: dict[str, int]) -> float:
-    """Of a device: weights, their average, the optimizer's moments (of Muon one for the matrices), float32."""
-    count = parameters(config, features)
-    moments = 2 * count
-    if config.optimizer.name == "muon":
+    """Of a device: weights, the average of those that train, the optimizer's moments, float32.
+
+    Moments are two numbers a weight; of Muon one for the matrices; of Adafactor the momentum, if any; of GaLore two and
+    a half, for matrices about twice as wide as high, times its rank.
+    """
+    count = trained(config, features)
+    o = config.optimizer
+    moments = {"adafactor": float(o.beta1 > 0), "galore": min(2.5 * o.galore_rank, 2.0)}.get(o.name, 2.0) * count
+    if o.name == "muon" and not config.lora.rank:
         moments -= config.model.layers * block_parameters(config)
-    return MASTER * (2 * count + moments) / shards(config, mesh)
+    return MASTER * (parameters(config, features) + count + moments) / shards(config, mesh)
+
+
+def trained(config: ConfigDict, features: int) -> float:
+    """Weights that train: all, or those of low-rank updates, taken to be of all projections of attention.
+
+    Groups of parameters that `config.optimizer.groups` freezes are known by their paths alone, and not left out here.
+    """
+    m, rank = config.model, config.lora.rank
+    return m.layers * 4 * (1 + m.cross) * 2 * m.width * rank if rank else parameters(config, features)
 
 
 def memory_traffic(
@@ -160,6 +175,6 @@ def elementwise(config: ConfigDict, mesh: dict[str, int]) -> float:
     m, n = config.model, number(config)
     residual = 2 if m.residual == "bfloat16" else 4
     a_number = 48 + 3 * (residual + n) + (8 + 4 + 2 + 4) * n + 3 * (2 * residual + n)
-    a_number += 2 * n * hidden(m.width, m.mlp_ratio) / m.width
-    local = config.rows.count * config.rows.tokens / (mesh["data"] * mesh["fsdp"] * mesh["context"])
+    a_number += 2 * n * mlp_dim(m) / m.width
+    local = config.rows.count * row_tokens(config) / (mesh["data"] * mesh["fsdp"] * mesh["context"])
     return a_number * local * m.width * m.layers / mesh["tensor"]

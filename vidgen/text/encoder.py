@@ -12,6 +12,7 @@ from vidgen.models.attention import Attention, check_heads, dtype_of
 from vidgen.models.blocks import Mlp
 from vidgen.models.linear import Dtype, Layout
 from vidgen.models.rope import rope_table
+from vidgen.text import frozen
 
 
 def ngram_hashes(ids_BxL: jax.Array, segment_BxL: jax.Array, n: int, buckets: int) -> jax.Array:
@@ -65,8 +66,13 @@ class ByteEncoder(nn.Module):
         return nn.RMSNorm(dtype=jnp.float32, name="norm_out")(x)
 
 
-def from_config(config: ConfigDict, layout: Layout | None = None) -> ByteEncoder:
-    """The text encoder of a config; raises ConfigError."""
+def from_config(config: ConfigDict, layout: Layout | None = None) -> ByteEncoder | None:
+    """The text encoder that trains with the denoiser of a config; None where it is a frozen one, whose values rows
+    bring. Raises ConfigError.
+    """
+    frozen.check(config)
     t = config.text
+    if t.name != "bytes":
+        return None
     check_heads("text", t)
     return ByteEncoder(t.width, t.layers, t.heads, dtype_of("dtype", config.dtype), layout=layout)

@@ -159,8 +159,11 @@ def haar_matrix(size: int) -> np.ndarray:
 NAMES = ("patch", "wavelet", "vae")
 
 
-def geometry_from_config(c: ConfigDict) -> Geometry:
-    """The geometry of `config.tokenizer`, without JAX work or arrays of weights; raises ConfigError."""
+def geometry_from_config(c: ConfigDict, vae: ConfigDict | None = None) -> Geometry:
+    """The geometry of `config.tokenizer`, without JAX work or arrays of weights; raises ConfigError.
+
+    `vae`: `config.vae`, whose geometry a vae without weights has, for plans; None: that is refused.
+    """
     if c.name not in NAMES:
         near = difflib.get_close_matches(c.name, NAMES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -173,7 +176,7 @@ def geometry_from_config(c: ConfigDict) -> Geometry:
     if c.name == "vae":
         from vidgen.tokenizers import learned
 
-        return learned.geometry_from_config(c)
+        return learned.geometry_from_config(c, vae)
     if c.weights:
         raise ConfigError(
             f"config.tokenizer.weights={c.weights}: {c.name} has no weights; set config.tokenizer.name=vae, or leave "
@@ -185,11 +188,14 @@ def geometry_from_config(c: ConfigDict) -> Geometry:
     return Geometry(tuple(c.stride), tuple(c.patch), channels)
 
 
-def from_config(c: ConfigDict) -> Tokenizer:
-    """The tokenizer of `config.tokenizer`; raises ConfigError."""
-    geometry = geometry_from_config(c)
+def from_config(c: ConfigDict, vae: ConfigDict | None = None) -> Tokenizer:
+    """The tokenizer of `config.tokenizer`; raises ConfigError.
+
+    `vae`: as of `geometry_from_config`. A vae without weights can be compiled with, and encodes nothing.
+    """
+    geometry = geometry_from_config(c, vae)
     if c.name == "vae":
         from vidgen.tokenizers import learned
 
-        return learned.from_config(c)
+        return learned.from_config(c, vae)
     return BlockTokenizer(geometry, "haar" if c.name == "wavelet" else "identity", c.mean, c.std)

@@ -28,11 +28,16 @@ from vidgen.config import ConfigError
 from vidgen.geometry import Geometry, Grid, patchify, unpatchify
 from vidgen.tokenizers import chunked
 from vidgen.tokenizers.vae import CausalVAE, VAEConfig
+from vidgen.tokenizers.vae import from_config as vae_from_config
 from vidgen.weights import Weights
 
 SMALL = 2**18  # pixels; chunks up to that are of up to LONG frames, which is faster; larger ones of chunked.FRAMES
 LONG = 16
 MOST_SIZES = 16  # (height, width) that are encoded while training, each of which is compiled
+NO_WEIGHTS = (
+    "config.tokenizer.weights is empty: config.tokenizer.name=vae wants a workdir that trained one (task=vae), or a "
+    "directory of vidgen import"
+)
 _DRAW = 0x7AE  # folded into a row's key; larger than anything that the objective splits it into
 
 
@@ -44,14 +49,14 @@ class LearnedTokenizer:
       geometry: the VAE's stride and channels, and the patch of `config.tokenizer`.
       mean, std: of the latents, a channel each.
       digest: of the weights.
-      weights: as read from disk; they go to a device when they are first needed.
+      weights: as read from disk; they go to a device when they are first needed. None: there are none, for plans.
     """
 
     geometry: Geometry
     mean: tuple[float, ...]
     std: tuple[float, ...]
     digest: str
-    weights: Weights = dataclasses.field(compare=False, repr=False)
+    weights: Weights | None = dataclasses.field(compare=False, repr=False)
     _placed: dict[int, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     _lock: Any = dataclasses.field(default_factory=threading.Lock, compare=False, repr=False)
 
@@ -63,7 +68,9 @@ class LearnedTokenizer:
         return CausalVAE(VAEConfig.from_dict(self.weights.config))
 
     def params(self, devices: int = 1) -> Any:
-        """The VAE's parameters, whole on each of this host's first devices."""
+        """The VAE's parameters, whole on each of this host's first devices; raises ConfigError where there are none."""
+        if self.weights is None:
+            raise ConfigError(NO_WEIGHTS)
         with self._lock:
             if devices not in self._placed:
                 self._placed[devices] = jax.device_put(self.weights.params, _over(devices, P()))
@@ -172,23 +179,25 @@ def _over(devices: int, spec: P) -> NamedSharding:
     return NamedSharding(Mesh(np.array(jax.local_devices()[:devices]), ("clips",)), spec)
 
 
-def geometry_from_config(c: ConfigDict) -> Geometry:
-    """The geometry of `config.tokenizer` with name=vae; reads no arrays. Raises ConfigError."""
-    shape = _shape(c)
+def geometry_from_config(c: ConfigDict, vae: ConfigDict | None = None) -> Geometry:
+    """The geometry of `config.tokenizer` with name=vae; reads no arrays. Raises ConfigError.
+
+    `vae`: `config.vae`, of a VAE without weights; None: there have to be some.
+    """
+    shape = _shape(c, vae)
     if tuple(c.stride) not in ((), shape.stride):
         raise ConfigError(
-            f"config.tokenizer.stride={tuple(c.stride)}, but the VAE in {c.weights} has {shape.stride}; set "
-            f"config.tokenizer.stride={shape.stride}, or () for the VAE's own"
+            f"config.tokenizer.stride={tuple(c.stride)}, but the VAE in {c.weights or 'config.vae'} has {shape.stride}"
+            f"; set config.tokenizer.stride={shape.stride}, or () for the VAE's own"
         )
     return Geometry(shape.stride, tuple(c.patch), shape.z_dim)
 
 
-def _shape(c: ConfigDict) -> VAEConfig:
+def _shape(c: ConfigDict, vae: ConfigDict | None = None) -> VAEConfig:
+    if not c.weights and vae is None:
+        raise ConfigError(NO_WEIGHTS)
     if not c.weights:
-        raise ConfigError(
-            "config.tokenizer.weights is empty: config.tokenizer.name=vae wants a workdir that trained one "
-            "(task=vae), or a directory of vidgen import"
-        )
+        return vae_from_config(vae)
     directory = weights_on_disk.find(c.weights)
     try:
         return VAEConfig.from_dict(weights_on_disk.describe(directory, "vae")["config"])
@@ -196,12 +205,15 @@ def _shape(c: ConfigDict) -> VAEConfig:
         raise ConfigError(f"config.tokenizer.weights={c.weights}: {e}") from None
 
 
-def from_config(c: ConfigDict) -> LearnedTokenizer:
+def from_config(c: ConfigDict, vae: ConfigDict | None = None) -> LearnedTokenizer:
     """The tokenizer of `config.tokenizer` with name=vae; reads the weights, and puts them on no device yet.
 
-    Raises ConfigError: no weights there, of another kind, not what the VAE's shape asks for, another stride.
+    `vae`: as of `geometry_from_config`. Raises ConfigError: no weights there, of another kind, not what the VAE's shape
+    asks for, another stride.
     """
-    geometry, shape = geometry_from_config(c), _shape(c)
+    geometry, shape = geometry_from_config(c, vae), _shape(c, vae)
+    if not c.weights:
+        return LearnedTokenizer(geometry, (0.0,) * shape.z_dim, (1.0,) * shape.z_dim, "", None)
     found = weights_on_disk.load(weights_on_disk.find(c.weights), "vae")
     check_params(found, shape, c.weights)
     mean = shape.latents_mean or (0.0,) * shape.z_dim

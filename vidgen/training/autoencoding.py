@@ -30,6 +30,9 @@ def check(config: ConfigDict) -> None:
             f"config.mesh.tensor={config.mesh.tensor}: a VAE has no axis of that kind; nearest: mesh.tensor=1, and "
             "mesh.context for chunks that are too large for a device"
         )
+    if config.model.weights or config.lora.rank:
+        what = "config.model.weights" if config.model.weights else "config.lora.rank"
+        raise ConfigError(f"{what} is of a denoiser, and config.task=vae trains none; leave it out")
     reconstruction.check(config.reconstruction, shapes(config))
 
 
@@ -74,11 +77,12 @@ def task(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> Task:
     losses = [(0, reconstruction.loss_of(vae, c, None, placed))]
     if critics:
         losses.append((c.gan_start, reconstruction.loss_of(vae, c, critics, placed)))
+    weight = reconstruction.weight_of(vae)
     return Task(
         model=vae,
         init=init,
         losses=tuple(losses),
-        weight=reconstruction.weight_of(vae),
+        weight=lambda batch, keys: weight(batch),
         batch_like=chunks.batch_like(largest(config)),
         batch_shardings=chunks.batch_shardings(mesh),
         frozen=lpips.load() if c.lpips else None,

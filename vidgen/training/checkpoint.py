@@ -16,8 +16,8 @@ from vidgen.training.state import TrainState
 
 FOLDER = "checkpoints"
 
-# Settings that don't decide what is trained; that the clips and the tokenizer's weights are the same is checked by
-# their fingerprint and digest.
+# Settings that don't decide what is trained; that the clips, and weights of other directories, are the same is checked
+# by their fingerprint and digests.
 MAY_CHANGE = (
     "train.",
     "mesh.",
@@ -27,6 +27,8 @@ MAY_CHANGE = (
     "data.prefetch",
     "data.latents",
     "tokenizer.weights",
+    "text.weights",
+    "model.weights",
     "model.attention",
     "model.remat",
     "model.unroll",

@@ -39,6 +39,7 @@ class Course:
     Attributes:
       source: the clips that are trained on.
       tokenizer: digest of the VAE on whose latents is trained; empty where there is none.
+      text: digest of the frozen text encoder; empty where there is none.
       batches: steps done → the batches from there on; to be used in a `with`.
       introduce: steps done → what to say before going on.
       heldout: averaged weights → figures on clips that are not trained on; None where none are wanted.
@@ -54,3 +55,4 @@ class Course:
     heldout: Callable[[Any], dict[str, float]] | None
     draw: Callable[[Any, int, str, MetricWriter | None], None]
     publish: Callable[[Any, str], dict[str, Any]]
+    text: str = ""

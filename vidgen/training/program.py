@@ -21,11 +21,12 @@ from vidgen.models.attention import dtype_of
 from vidgen.parallel import processes
 from vidgen.parallel.rules import audit, check_sharded, rules_of, tree_shardings
 from vidgen.planning.hardware import compiler_options
-from vidgen.training import autoencoding, denoising, optimizers
+from vidgen.training import autoencoding, denoising, groups, optimizers
 from vidgen.training import state as states
 from vidgen.training.state import TrainState
 from vidgen.training.step import Batch, Step, make_step
 from vidgen.training.task import Task
+from vidgen.weights import flatten, nest
 
 TASKS = {"denoiser": denoising, "vae": autoencoding}
 
@@ -37,6 +38,8 @@ class Program:
     Attributes:
       config, mesh: what it was built from.
       task: what is trained, and what its steps minimise.
+      partition: of all its parameters into groups.
+      whole_like: {path: ShapeDtypeStruct with its sharding} of all its parameters, those that are frozen too.
       optimizer: of the config.
       compiler_options: that the step is compiled with, of the table in `vidgen/planning/hardware.py`.
       init: () → the state before the first step, made straight into its sharding.
@@ -51,6 +54,8 @@ class Program:
     config: ConfigDict
     mesh: Mesh
     task: Task
+    partition: groups.Partition
+    whole_like: dict[str, jax.ShapeDtypeStruct]
     optimizer: optax.GradientTransformation
     compiler_options: dict[str, str]
     init: Callable[[], TrainState]
@@ -67,7 +72,13 @@ class Program:
 
     def frozen(self) -> Any:
         """What is frozen of a state, on the devices: checkpoints don't have it."""
+        if self.partition.freezes:
+            return self.partition.split(nest(self.task.start.load(self.whole_like)))[1]
         return processes.put(self.task.frozen, self.state_shardings.frozen)
+
+    def averaged(self, state: TrainState) -> Any:
+        """The averaged weights of a state and those that don't train, as the model is called with."""
+        return self.task.whole(state.ema, state.frozen)
 
     @property
     def step(self) -> Step:
@@ -93,6 +104,7 @@ def check(config: ConfigDict) -> None:
     configs.check(config)
     dtype_of("dtype", config.dtype)
     optimizers.from_config(config)
+    groups.check(config)
     task_of(config).check(config)
     rules_of(config.mesh)
     if config.mesh.compiler_options not in ("table", "none"):
@@ -111,29 +123,46 @@ def build(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> Progra
     """
     check(config)
     task = task_of(config).task(config, mesh, platform)
-    optimizer = optimizers.from_config(config)
+    rules, sizes = rules_of(config.mesh), dict(mesh.shape)
+    start, everything = task.start, jax.eval_shape(lambda: task.init(jax.random.key(config.seed))[0])
+    partition = groups.partition(config, everything, start.paths if start else ())
+    optimizer = optimizers.from_config(config, partition)
+
+    def made(given: dict[str, jax.Array]) -> TrainState:
+        """`given`: {path: array} of what trains and doesn't start from nothing."""
+        params, aux = task.init(jax.random.key(config.seed))
+        return states.create(partition.split(nest(flatten(params) | given))[0], optimizer, aux)
+
+    state = jax.eval_shape(lambda: made({}))
+    shardings = tree_shardings(state, mesh, rules)
+    whole_like = flatten(_placed(everything, tree_shardings(everything, mesh, rules)))
+    # What is frozen goes in as an argument: as a constant it would be in the program's text.
+    if partition.freezes:
+        frozen = partition.split(whole_like)[1]
+        places = jax.tree.map(lambda x: x.sharding, frozen)
+    else:
+        frozen = jax.eval_shape(lambda: task.frozen)
+        places = jax.tree.map(lambda _: NamedSharding(mesh, P()), frozen)
+    begun = jax.jit(made, out_shardings=shardings, donate_argnums=0)
+    state, shardings = state.replace(frozen=frozen), shardings.replace(frozen=places)
+    check_sharded(
+        audit(state.replace(frozen=frozen if partition.freezes else None), sizes, rules), sizes, config.mesh.rules
+    )
 
     def init() -> TrainState:
-        params, aux = task.init(jax.random.key(config.seed))
-        return states.create(params, optimizer, aux)
+        given = start.load(whole_like) if start else {}
+        trains, kept = partition.split(given) if given else ({}, None)
+        if not partition.freezes:
+            kept = processes.put(task.frozen, places)
+        return begun(flatten(trains)).replace(frozen=kept)
 
-    state = jax.eval_shape(init)
-    rules, sizes = rules_of(config.mesh), dict(mesh.shape)
-    check_sharded(audit(state, sizes, rules), sizes, config.mesh.rules)
-    whole = NamedSharding(mesh, P())
-    shardings = tree_shardings(state, mesh, rules)
-    made = jax.jit(init, out_shardings=shardings)
-    # What is frozen goes in as an argument: as a constant it would be in the program's text.
-    frozen = jax.eval_shape(lambda: task.frozen)
-    state = state.replace(frozen=frozen)
-    shardings = shardings.replace(frozen=jax.tree.map(lambda _: whole, frozen))
     options = compiler_options(mesh.devices.flat[0]) if config.mesh.compiler_options == "table" else {}
 
     def compiled(loss):
         return jax.jit(
             make_step(loss, task.weight, optimizer, config, shardings.params),
             in_shardings=(shardings, task.batch_shardings),
-            out_shardings=(shardings, whole),
+            out_shardings=(shardings, NamedSharding(mesh, P())),
             donate_argnums=0,
             compiler_options=options,
         )
@@ -142,9 +171,11 @@ def build(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> Progra
         config=config,
         mesh=mesh,
         task=task,
+        partition=partition,
+        whole_like=whole_like,
         optimizer=optimizer,
         compiler_options=options,
-        init=lambda: made().replace(frozen=processes.put(task.frozen, shardings.frozen)),
+        init=init,
         steps=tuple((start, compiled(loss)) for start, loss in task.losses),
         state_like=_placed(state, shardings),
         state_shardings=shardings,

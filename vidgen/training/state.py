@@ -18,13 +18,14 @@ class TrainState:
 
     Attributes:
       step: () i32, steps taken.
-      params: master weights, f32.
+      params: master weights that train, f32.
       ema: their moving average, f32, from which is sampled.
       opt_state: of optax.
       grad_norm: () f32, running mean of the gradient's norm, against which outliers are judged.
       skipped: () i32, steps whose update was skipped as an outlier.
       aux: what a loss carries from step to step beside weights: the vectors of spectral norms. None: nothing.
-      frozen: weights that a loss looks through and that nothing trains: LPIPS's. None: nothing. Not saved.
+      frozen: weights that a loss looks through and that nothing trains: LPIPS's, or what a fine-tuned denoiser keeps
+        of `config.model.weights`. None: nothing. Not saved.
     """
 
     step: jax.Array

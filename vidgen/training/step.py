@@ -37,7 +37,8 @@ class Inputs:
 
 # (params, inputs) → (error summed over what the weight counts, (aux for the next step, more such sums, by name))
 LossSum = Callable[[Any, Inputs], tuple[jax.Array, tuple[Any, Metrics]]]
-Weight = Callable[[Batch], jax.Array]  # rows → weight of each token, [B,S], or of each row, [B]
+# (rows, a random key a row) → weight of each token, [B,S], or of each row, [B]
+Weight = Callable[[Batch, jax.Array], jax.Array]
 
 
 def row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
@@ -94,10 +95,9 @@ def make_step(
         return value, aux, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), grads
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        weights = weight(batch)
-        tokens = jnp.sum(weights)
+        keys = row_keys(config.seed, state.step, jax.tree.leaves(batch)[0].shape[0])
+        tokens = jnp.sum(weight(batch, keys))
         total = jnp.maximum(tokens, 1.0)
-        keys = row_keys(config.seed, state.step, weights.shape[0])
         loss, aux, sums, grads = gradients(state, batch, keys, total)
         norm, grads = optimizers.clipped(grads, c.clip)
         good = jnp.isfinite(norm)

@@ -1,0 +1,52 @@
+"""The quickstart's task with three backbones of equal parameters: only `config.model` differs.
+
+    vidgen train    --config configs/backbones.py:dit  --workdir runs/backbone_dit
+    vidgen train    --config configs/backbones.py:uvit --workdir runs/backbone_uvit
+    vidgen train    --config configs/backbones.py:wan  --workdir runs/backbone_wan
+    vidgen evaluate --workdir runs/backbone_uvit --suite moving_shapes
+
+dit is the quickstart itself.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from vidgen import config as configs
+
+
+def get_config(arg: str = "dit") -> ConfigDict:
+    """`arg` dit, uvit or wan."""
+    changes = {"dit": {}, "uvit": UVIT, "wan": WAN}
+    if (arg or "dit") not in changes:
+        raise configs.ConfigError(f"configs/backbones.py:{arg}: expected {', '.join(changes)}")
+    c = configs.load(os.path.join(os.path.dirname(__file__), "quickstart.py"))
+    c.model.update(changes[arg or "dit"])
+    return c
+
+
+# Places learned, as published, for clips of 3 x 4 x 4 tokens.
+UVIT = {
+    "backbone": "uvit",
+    "layers": 7,
+    "unroll": 7,
+    "heads": 4,
+    "qk_norm": "none",
+    "rope": False,
+    "absolute": "table",
+    "table": (3, 4, 4),
+}
+
+# Wan's block: one modulation for all of them, biases, joint norms of queries and keys, a norm before the text.
+WAN = {
+    "layers": 5,
+    "unroll": 5,
+    "heads": 4,
+    "bias": True,
+    "qk_norm": "joint",
+    "absolute": "none",
+    "cross_norm": True,
+    "final": "table",
+    "shared_modulation": True,
+    "text_mlp": True,
+}
