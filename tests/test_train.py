@@ -15,11 +15,11 @@ import pytest
 from conftest import make_tiny
 
 from vidgen import config as configs
-from vidgen import sample, train
+from vidgen import train
 from vidgen.config import ConfigError, to_json
 from vidgen.data.clip import BadClip
 from vidgen.data.moving_shapes import MovingShapes
-from vidgen.training import metrics
+from vidgen.training import metrics, restored
 from vidgen.training.checkpoint import Checkpoints, read_config
 from vidgen.training.resilience import only_one
 
@@ -98,7 +98,7 @@ def test_resuming_on_another_mesh_gives_the_same_losses_and_what_it_trained_can_
     assert last["step"] == 6
     np.testing.assert_allclose(last["loss"], metrics.read(str(workdir))[-1]["loss"], rtol=1e-4)
     # On the mesh of this machine, whatever it was trained on.
-    _, generator, params, step = sample.load(str(tmp_path))
+    _, generator, params, step = restored.load(str(tmp_path))
     assert step == 6 and generator.mesh.shape["fsdp"] == 4
     kernel = params["blocks"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4

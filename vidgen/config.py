@@ -165,13 +165,13 @@ def base() -> ConfigDict:
     optimizer.groups = ()  # ((path regex, {"lr": factor, "weight_decay": number, "frozen": bool}), …): first match
     optimizer.galore_rank = 0.25  # of galore: share of a matrix's smaller side that its gradient is projected to
     optimizer.galore_every = 200  # steps between new projections
-    optimizer.galore_scale = 0.25  # of the update, as projected back
+    optimizer.galore_scale = 2.0  # of the update, as projected back; at rank 1/4, 2 gives it the norm of Adam's
     optimizer.lr = 1e-3  # peak, of AdamW
     optimizer.muon_lr = 0.02  # peak, of Muon
     optimizer.schedule = "cosine"  # cosine | constant | linear | wsd: constant, then a linear fall over the last fifth
     optimizer.warmup = 100  # steps
     optimizer.final = 0.0  # learning rate at the last step, as a share of the peak
-    optimizer.beta1 = 0.9
+    optimizer.beta1 = 0.9  # adafactor: 0 keeps no first moment, and so almost nothing
     optimizer.beta2 = 0.99
     optimizer.momentum = 0.95  # of Muon
     optimizer.weight_decay = 0.0  # of kernels and embeddings; with muon, of its matrices only

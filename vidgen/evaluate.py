@@ -18,6 +18,7 @@ from vidgen.data.scenes import render
 from vidgen.data.sources import open_source
 from vidgen.evaluation import memorised, moving_shapes, quality
 from vidgen.studio import media
+from vidgen.training import restored
 from vidgen.training.checkpoint import Checkpoints, read_config
 
 
@@ -78,7 +79,7 @@ def run(
         )
         step = newest_step(workdir)
     else:
-        config, generator, params, step = sample.load(workdir, step)
+        config, generator, params, step = restored.load(workdir, step)
         sample.override(config, settings)
         results, videos = SUITES[suite](config, generator, params, prompts, seed)
         results |= {"sample": config.sample.to_dict()}

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from vidgen import sample, weights
+from vidgen import weights
 from vidgen.config import ConfigError
 from vidgen.diffusion import generator as generators
 from vidgen.import_weights import Result, dtypes, of_parts
@@ -19,7 +19,7 @@ from vidgen.interop import arrays as arrays_on_disk
 from vidgen.interop import checkpoint, diffusers, lora, pipelines, stream
 from vidgen.interop.arrays import Arrays
 from vidgen.models.architecture import Architecture
-from vidgen.training import start
+from vidgen.training import restored, start
 from vidgen.training.checkpoint import Checkpoints
 
 FORMATS = ("diffusers", "vidgen")
@@ -82,7 +82,7 @@ def _pipeline(
 
 def _run(workdir: str, output: str, format: str, merge: bool, step: int | None) -> Result:
     """Exports the averaged weights of a denoiser's run."""
-    config = sample.run_config(workdir)
+    config = restored.run_config(workdir)
     generator = generators.from_config(config)
     if merge and not config.lora.rank:
         raise ConfigError(f"--merge: {workdir} has config.lora.rank=0, so there is nothing to merge; leave it out")
@@ -90,7 +90,7 @@ def _run(workdir: str, output: str, format: str, merge: bool, step: int | None) 
     architecture, place = start.architecture_of(config, generator), SingleDeviceSharding(_host())
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
-        step = sample.chosen_step(workdir, checkpoints, step)
+        step = restored.chosen_step(workdir, checkpoints, step)
         said = f"{workdir}: averaged weights of step {step}"
         if config.lora.rank and format == "diffusers" and not merge:
             with checkpoint.new_directory(output) as made:

@@ -17,12 +17,12 @@ import jax
 from ml_collections import ConfigDict
 
 from vidgen import config as configs
-from vidgen import sample, train_denoiser, train_vae
+from vidgen import train_denoiser, train_vae
 from vidgen.config import ConfigError, to_json
 from vidgen.parallel import processes
 from vidgen.planning.hardware import peak_flops
 from vidgen.studio import media
-from vidgen.training import optimizers
+from vidgen.training import optimizers, restored
 from vidgen.training import state as states
 from vidgen.training.checkpoint import Checkpoints, check_config, write_config
 from vidgen.training.course import Course
@@ -208,9 +208,9 @@ def begin(program: Program, course: Course, checkpoints: Checkpoints) -> tuple[T
     if latest is None:
         return program.init(), own | {"tokens_seen": 0.0}
     facts = checkpoints.facts(latest)
-    sample.check_tokenizer(course.tokenizer, facts, program.config.tokenizer.weights)
+    restored.check_tokenizer(course.tokenizer, facts, program.config.tokenizer.weights)
     check_digest(program.config, start, facts)
-    sample.check_text(course.text, facts, program.config.text.weights)
+    restored.check_text(course.text, facts, program.config.text.weights)
     if facts["fingerprint"] != own["fingerprint"]:
         raise ConfigError(
             f"config.data.source={program.config.data.source}: not the clips that the checkpoint at step {latest} was "

@@ -140,9 +140,10 @@ _DRAWING = (
     Flag("height", int, "Pixels."),
     Flag("width", int, "Pixels."),
     Flag("fps", float, "Frames a second of the files written."),
-    Flag("solver", str, "euler, heun, ddim or unipc."),
+    Flag("solver", str, "euler, heun, ddim, unipc or flow_match_euler."),
     Flag("steps", int, "Steps of the solver."),
     Flag("guidance", float, "Classifier-free guidance; 1: none."),
+    Flag("guidance_2", float, "Of the expert for low noise, where there are two."),
     Flag("eta", float, "Of ddim: share of the noise that each step draws anew, 0 to 1."),
 )
 _WORKDIR = Flag("workdir", str, "Directory of the run.", required=True)
@@ -234,7 +235,8 @@ VERBS = {
     ),
     "import": Verb(
         _import,
-        "Reads weights of another project, safetensors only, and writes a directory of weights of ours.",
+        "Reads weights of another project, safetensors only: one model, or a whole pipeline. `vidgen sample --workdir "
+        "DIR` draws from that, and configs/finetune.py:DIR trains it.",
         (
             Flag("format", str, "Whose: diffusers.", "diffusers"),
             Flag("output", str, "Directory to make.", required=True),
@@ -243,10 +245,12 @@ VERBS = {
     ),
     "export": Verb(
         _export,
-        "Writes weights, or the averaged ones of a workdir that trained a VAE, for another project to load.",
+        "Writes weights, a run's averaged ones, or a whole pipeline with those in it, for another project to load.",
         (
             Flag("format", str, "Whose: diffusers, or vidgen for a copy of ours.", "diffusers"),
             Flag("output", str, "Directory to make.", required=True),
+            Flag("step", int, "Of a denoiser's run: which checkpoint; the newest unless given."),
+            Flag("merge", bool, "Of a LoRA run: whole weights with its updates in them, and no LoRA file.", False),
         ),
         positional="weights",
     ),

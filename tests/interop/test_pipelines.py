@@ -14,6 +14,7 @@ from vidgen import export_weights, import_weights, sample, train, weights
 from vidgen.config import ConfigError
 from vidgen.diffusion.generator import Experts
 from vidgen.interop import diffusers, pipelines, stream
+from vidgen.training import restored
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -71,7 +72,7 @@ def test_out_again_is_every_byte(shared, tmp_path, capsys):
 
 def test_it_can_be_moved(shared, tmp_path):
     shutil.copytree(shared[1], tmp_path / "moved")
-    config = sample.run_config(str(tmp_path / "moved"))
+    config = restored.run_config(str(tmp_path / "moved"))
     assert config.model.weights == str(tmp_path / "moved" / "transformer")
     assert config.sample.solver == "unipc" and config.objective.shift == 3.0 and config.text.name == "umt5"
     assert (config.sample.frames, config.sample.height, config.sample.width) == (81, 480, 832)
@@ -94,7 +95,7 @@ def small(config):
 def test_sampled_trained_and_out_again(shared, tmp_path):
     pytest.importorskip("tokenizers")
     source, imported = shared
-    loaded, generator, params, step = sample.load(str(imported))
+    loaded, generator, params, step = restored.load(str(imported))
     assert step == 0 and weights.flatten(params)["blocks/mlp/up/kernel"].dtype == "bfloat16"
     sample.override(loaded, {"frames": 5, "height": 16, "width": 16, "steps": 2, "guidance": 3.0})
     (clip,) = sample.draw(loaded, generator, params, ["a b c"], seeds=[0], negative="d")
@@ -108,7 +109,7 @@ def test_sampled_trained_and_out_again(shared, tmp_path):
     shards = [f"transformer/diffusion_pytorch_model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
     same(source, tmp_path / "out", but=shards)
     trained = diffusers.read(tmp_path / "out" / "transformer")
-    averaged = sample.load(str(tmp_path / "run"))[2]
+    averaged = restored.load(str(tmp_path / "run"))[2]
     for path, array in weights.flatten(averaged).items():
         expected = np.asarray(array).astype("bfloat16").astype(np.float32)
         np.testing.assert_array_equal(trained.flat[path], expected)
@@ -127,7 +128,7 @@ def test_sampled_trained_and_out_again(shared, tmp_path):
 def test_two_experts_are_told_apart_by_what_was_trained(tmp_path):
     tiny_pipeline.make(str(tmp_path / "hf"), experts=True)
     import_weights.run(str(tmp_path / "hf"), str(tmp_path / "in"))
-    config, _, params, _ = sample.load(str(tmp_path / "in"))
+    config, _, params, _ = restored.load(str(tmp_path / "in"))
     assert isinstance(params, Experts) and params.boundary == 0.8 == config.sample.boundary
     one = jax.tree.leaves(stream.load_onto(str(tmp_path / "in"), jax.sharding.SingleDeviceSharding(jax.devices()[0])))
     for a, b in zip(one, jax.tree.leaves(params.high), strict=True):
@@ -138,11 +139,11 @@ def test_two_experts_are_told_apart_by_what_was_trained(tmp_path):
     assert low.objective.time_range == (0.0, 0.8) and low.model.weights.endswith("transformer_2")
     assert low.sample.expert.endswith("transformer") and low.lora.rank and low.optimizer.lr == 1e-4
     places = jax.tree.map(lambda x: x.sharding, params.low)
-    assert sample.with_expert(low, "trained", places).low == "trained"
-    assert sample.with_expert(high, "trained", places).high == "trained"
+    assert restored.with_expert(low, "trained", places).low == "trained"
+    assert restored.with_expert(high, "trained", places).high == "trained"
     low.sample.boundary = 0.0
     with pytest.raises(ConfigError, match="config.sample.boundary=0.0: with config.sample.expert"):
-        sample.with_expert(low, "trained", places)
+        restored.with_expert(low, "trained", places)
 
 
 def test_what_cannot_be_run_is_still_moved(tmp_path, capsys):
@@ -151,7 +152,7 @@ def test_what_cannot_be_run_is_still_moved(tmp_path, capsys):
     assert "can't be sampled from: its scheduler is DDIMScheduler; expected Uni" in capsys.readouterr().out
     assert not (tmp_path / "in" / "config.json").exists()
     with pytest.raises(ConfigError, match="can be exported, not run: its scheduler is DDIMScheduler"):
-        sample.load(str(tmp_path / "in"))
+        restored.load(str(tmp_path / "in"))
     export_weights.run(str(tmp_path / "in"), str(tmp_path / "out"))
     same(tmp_path / "hf", tmp_path / "out")
 
@@ -216,7 +217,7 @@ def test_imported_directories_that_were_spoilt_are_named(shared, tmp_path):
     with pytest.raises(ConfigError, match="holds pipeline.json, so it is imported already"):
         import_weights.run(str(tmp_path / "in"), str(tmp_path / "out"))
     with pytest.raises(ConfigError, match="--step=3: .* is an imported pipeline"):
-        sample.load(str(tmp_path / "in"), 3)
+        restored.load(str(tmp_path / "in"), 3)
     with pytest.raises(ConfigError, match="--format=vidgen: .* is an imported pipeline"):
         export_weights.run(str(tmp_path / "in"), str(tmp_path / "out"), format="vidgen")
     with pytest.raises(ConfigError, match="'loraa': known are lora, low"):
@@ -237,4 +238,4 @@ def test_imported_directories_that_were_spoilt_are_named(shared, tmp_path):
         export_weights.run(str(tmp_path / "in"), str(tmp_path / "again"))
     shutil.rmtree(tmp_path / "in" / "vae")
     with pytest.raises(ConfigError, match="vae .vae. is not there; import the pipeline anew"):
-        sample.load(str(tmp_path / "in"))
+        restored.load(str(tmp_path / "in"))

@@ -23,6 +23,7 @@ from vidgen import export_weights, import_weights, sample, train
 from vidgen.geometry import unpatchify
 from vidgen.interop import diffusers
 from vidgen.text import frozen
+from vidgen.training import restored
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -114,7 +115,7 @@ def ours(directory, noise, guidance, guidance_2=0.0):
     """[B,t,y,x,C] latents that `vidgen sample` decodes, and the clips; in float32."""
     path = directory / "config.json"
     path.write_text(configs.to_json(configs.override(configs.from_json(path.read_text()), {"dtype": "float32"})))
-    config, generator, params, _ = sample.load(str(directory))
+    config, generator, params, _ = restored.load(str(directory))
     settings = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "steps": STEPS, "guidance": guidance}
     sample.override(config, settings | {"guidance_2": guidance_2})
     kept = Kept(generator.tokenizer)
@@ -157,7 +158,7 @@ def test_the_same_latents_as_wan_pipeline_and_the_same_files(tmp_path):
 def test_text_embeddings_are_those_of_the_pipeline(tmp_path):
     pipeline = make(tmp_path / "hf")
     import_weights.run(str(tmp_path / "hf"), str(tmp_path / "in"))
-    config = sample.run_config(str(tmp_path / "in"))
+    config = restored.run_config(str(tmp_path / "in"))
     encoder = frozen.from_config(config)
     own = np.stack([encoder.place(values) for values in encoder.encode(PROMPTS)])
     with torch.no_grad():

@@ -6,6 +6,7 @@ import text_weights
 
 from vidgen import sample, train
 from vidgen.config import ConfigError
+from vidgen.training import restored
 
 pytest.importorskip("tokenizers")
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -19,7 +20,7 @@ def test_a_run_from_captions_to_videos(tiny, tmp_path, capsys):
     tiny.train.update(steps=2, log_every=1, checkpoint_every=1, eval_every=2, eval_rows=4)
     result = train.run(tiny, str(tmp_path / "run"))
     assert result.step == 2 and np.isfinite([result.metrics["loss"], result.metrics["heldout_loss"]]).all()
-    config, generator, params, _ = sample.load(str(tmp_path / "run"))
+    config, generator, params, _ = restored.load(str(tmp_path / "run"))
     assert "text" not in params  # nothing of an encoder trains
     assert generator.text.directory == encoder
 
@@ -37,6 +38,6 @@ def test_a_run_from_captions_to_videos(tiny, tmp_path, capsys):
     # The same run, with other weights where its encoder was.
     tiny.train.steps = 3
     text_weights.rewrite(encoder, lambda flat: flat["norm/scale"].__imul__(2))
-    for call in (lambda: train.run(tiny, str(tmp_path / "run")), lambda: sample.load(str(tmp_path / "run"))):
+    for call in (lambda: train.run(tiny, str(tmp_path / "run")), lambda: restored.load(str(tmp_path / "run"))):
         with pytest.raises(ConfigError, match="config.text.weights=.*, but the checkpoint was trained with"):
             call()

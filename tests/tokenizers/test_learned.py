@@ -23,6 +23,7 @@ from vidgen.objectives import flow
 from vidgen.parallel.mesh import AXES
 from vidgen.tokenizers import base
 from vidgen.tokenizers.vae import CausalVAE, VAEConfig
+from vidgen.training import restored
 from vidgen.training.checkpoint import write_config
 from vidgen.training.step import row_keys
 
@@ -224,10 +225,10 @@ def test_loss_heldout_loss_and_samples(config):
 
 def test_a_checkpoint_knows_its_vae(config):
     tokenizer, *_ = setup(config)
-    sample.check_tokenizer(tokenizer.digest, {"tokenizer": tokenizer.digest}, "runs/vae")
-    sample.check_tokenizer(tokenizer.digest, {}, "runs/vae")  # of before there were any
+    restored.check_tokenizer(tokenizer.digest, {"tokenizer": tokenizer.digest}, "runs/vae")
+    restored.check_tokenizer(tokenizer.digest, {}, "runs/vae")  # of before there were any
     with pytest.raises(ConfigError, match=f"runs/vae: VAE {tokenizer.digest}, but .* of 0123"):
-        sample.check_tokenizer(tokenizer.digest, {"tokenizer": "0123"}, "runs/vae")
+        restored.check_tokenizer(tokenizer.digest, {"tokenizer": "0123"}, "runs/vae")
 
 
 def test_a_run_goes_on_with_its_vae_alone(config, directory, tmp_path, monkeypatch):
