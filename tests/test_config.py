@@ -123,7 +123,12 @@ def test_a_broken_file_is_told_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(ROOT, "configs", "*.py"))), ids=os.path.basename)
 def test_every_config_loads_and_has_the_keys_of_the_base(path):
-    c = configs.load(path)
+    argument = {"wan_a14b.py": ":high"}.get(os.path.basename(path), "")
+    if os.path.basename(path) == "finetune.py":
+        with pytest.raises(ConfigError, match="expected .*vidgen import"):
+            configs.load(path)
+        return
+    c = configs.load(path + argument)
     assert configs.from_json(configs.to_json(c)).to_dict() == c.to_dict()
 
 
