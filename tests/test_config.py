@@ -139,3 +139,9 @@ def test_a_config_passes_its_argument(tmp_path):
         "def get_config(arg=''):\n    c = config.base()\n    c.seed = int(arg or 0)\n    return c\n"
     )
     assert configs.load(f"{path}:7").seed == 7 and configs.load(str(path)).seed == 0
+
+
+def test_a_workdir_of_before_places_had_names_can_be_read():
+    text = configs.to_json(configs.base())
+    assert configs.from_json(text.replace('"absolute": "projected"', '"absolute": true')).model.absolute == "projected"
+    assert configs.from_json(text.replace('"absolute": "projected"', '"absolute": false')).model.absolute == "none"

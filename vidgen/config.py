@@ -417,8 +417,10 @@ def to_json(c: ConfigDict) -> str:
 
 def from_json(text: str) -> ConfigDict:
     """Inverse of `to_json`, on top of the defaults; raises ConfigError on keys that this version does not know."""
-
-    return override(base(), _leaves(ConfigDict(json.loads(text))))
+    found = _leaves(ConfigDict(json.loads(text)))
+    if isinstance(placed := found.get("model.absolute"), bool):  # what it was once
+        found["model.absolute"] = "projected" if placed else "none"
+    return override(base(), found)
 
 
 def difference(a: ConfigDict, b: ConfigDict) -> list[str]:
