@@ -2,32 +2,39 @@
 procedural ones.
 
     vidgen import --format diffusers Wan2.1-T2V-1.3B-Diffusers --output wan
-    vidgen train --config configs/finetune.py:wan,lora --workdir runs/a --input clips --config.sample.frames=33
+    vidgen ingest --input videos --output clips --frames 33 --height 480 --width 832 --fps 16
+    vidgen train --config configs/finetune.py:wan,lora,33x480x832 --workdir runs/a --input clips
     vidgen sample --workdir runs/a --prompt "a red circle moving right" --output a.mp4
     vidgen export runs/a --output a-lora                       the updates alone, for load_lora_weights
     vidgen export runs/a --merge --output a-pipeline           a whole pipeline, for from_pretrained
 
 The argument is the directory of the import, and behind commas what else is wanted: `lora` (rank 32) instead of all
-weights; of a pipeline with two experts, `low` for the one at low noise instead of the one at high noise. Rows are as
-long as one clip of `config.sample`, whose sizes clips are fitted to: set frames, height and width to those of your
-clips, and `config.rows.tokens` to what they take. Noise levels have the shift of the pipeline's scheduler.
+weights; FRAMESxHEIGHTxWIDTH, the size of the clips, which a row has room for one of and samples are drawn at, instead
+of the size that the pipeline was made for; of a pipeline with two experts, `low` for the one at low noise instead of
+the one at high noise. Clips are trained on as large as they are stored, and longer ones cut to the room of a row.
+Without `--input` they are the procedural ones. Noise levels have the shift of the pipeline's scheduler.
 """
+
+import re
 
 from ml_collections import ConfigDict
 
 from vidgen.config import ConfigError
 from vidgen.interop import pipelines
+from vidgen.tokenizers.base import geometry_from_config
 
 KNOWN = ("lora", "low")
+SIZE = r"[1-9]\d*x[1-9]\d*x[1-9]\d*"
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg`: DIRECTORY[,lora][,low]."""
+    """`arg`: DIRECTORY[,lora][,low][,FRAMESxHEIGHTxWIDTH]."""
     directory, *wanted = arg.split(",")
     if not directory:
         raise ConfigError("configs/finetune.py: expected a directory of vidgen import: configs/finetune.py:DIR[,lora]")
-    if odd := [word for word in wanted if word not in KNOWN]:
-        raise ConfigError(f"configs/finetune.py:{arg}: {odd[0]!r}: known are {', '.join(KNOWN)}")
+    if odd := [word for word in wanted if word not in KNOWN and not re.fullmatch(SIZE, word)]:
+        known = f"{', '.join(KNOWN)}, and a size FRAMESxHEIGHTxWIDTH such as 33x480x832"
+        raise ConfigError(f"configs/finetune.py:{arg}: {odd[0]!r}: known are {known}")
     if not pipelines.is_imported(directory):
         raise ConfigError(f"configs/finetune.py:{arg}: {directory} is no imported pipeline; see vidgen import")
     c = pipelines.read_config(directory)
@@ -39,6 +46,15 @@ def get_config(arg: str = "") -> ConfigDict:
             c.model.weights, c.sample.expert = c.sample.expert, c.model.weights
     elif "low" in wanted:
         raise ConfigError(f"configs/finetune.py:{arg}: low: {directory} has one denoiser; leave it out")
+
+    for word in wanted:
+        if word not in KNOWN:
+            size = tuple(map(int, word.split("x")))
+            c.sample.frames, c.sample.height, c.sample.width = size
+            c.data.moving_shapes.sizes = (size,)
+            geometry = geometry_from_config(c.tokenizer)
+            tokens = geometry.tokens(*geometry.cover(*size))
+            c.rows.tokens = -(-tokens // 128) * 128
 
     c.optimizer.name = "adamw"
     c.optimizer.lr = 1e-5
@@ -55,5 +71,4 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.steps = 2000
     c.train.checkpoint_every = 500
     c.train.log_every = 10
-    c.data.holdout = 0.02
     return c

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from vidgen import config as configs
-from vidgen import plan
+from vidgen import plan, train
 from vidgen.config import ConfigError
 from vidgen.diffusion import generator as generators
 from vidgen.planning.parameters import parameters, text_parameters
@@ -138,9 +138,16 @@ def test_the_experts_share_the_noise_levels_out():
     assert (low, high) == ((0.0, 0.875), (0.875, 1.0))
 
 
-def test_training_wants_the_weights_that_a_plan_does_without(tmp_path):
-    from vidgen import train
-
-    with pytest.raises(ConfigError, match="config.tokenizer.weights is empty"):
-        train.run(load("wan_1_3b.py"), str(tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("wan_1_3b.py", "config.tokenizer.weights is empty"),
+        ("wan_i2v_14b.py", "can be sampled from but not trained"),
+        ("dit_xl.py", "config.model.classes=1000: clips have captions and no labels"),
+        ("uvit.py:small", "config.model.classes=1000: clips have captions and no labels"),
+    ],
+)
+def test_training_says_what_it_lacks_where_a_plan_does_without(name, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        train.run(load(name), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

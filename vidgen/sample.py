@@ -33,6 +33,7 @@ from vidgen.diffusion import generator as generators
 from vidgen.diffusion.generator import Generator
 from vidgen.diffusion.solvers import SOLVERS
 from vidgen.geometry import Geometry, Grid, patchify
+from vidgen.models import places
 from vidgen.parallel import processes
 from vidgen.parallel.mesh import ROW_AXES, ROWS, batch_shardings
 from vidgen.studio import media
@@ -160,6 +161,7 @@ def draw(
     s, geometry = config.sample, generator.tokenizer.geometry
     size = geometry.cover(s.frames, s.height, s.width)
     grid = geometry.grid(*size)
+    places.check_fits(config.model, grid, f"a sample of {s.frames}x{s.height}x{s.width}")
     of_prompt = [given] * len(prompts) if given is None or isinstance(given, Given) else given
     conditioning.check(config, of_prompt)
     starts = list(zip(prompts, of_prompt, strict=True))
@@ -188,9 +190,9 @@ def draw(
         keys = np.stack([jax.random.key_data(jax.random.key(seed)) for _, seed, _ in padded])
         start = None if noise is None else _rows_of(noise[first : first + at_once], at_once, tokens, geometry)
         if mesh is not None:
-            places = batch_shardings(mesh, rows)
-            others = (NamedSharding(mesh, ROWS), None if start is None else places.segment)
-            rows, empty, keys, start = processes.put((rows, empty, keys, start), (places, places, *others))
+            where = batch_shardings(mesh, rows)
+            others = (NamedSharding(mesh, ROWS), None if start is None else where.segment)
+            rows, empty, keys, start = processes.put((rows, empty, keys, start), (where, where, *others))
         video = np.asarray(sampler(params, rows, empty, keys, start))[: len(chunk)]
         if generator.tokenizer.learned:
             video = np.concatenate([media.to_u8(generator.tokenizer.decode_tokens(one[None], grid)) for one in video])

@@ -173,6 +173,7 @@ def _settled(config: ConfigDict) -> ConfigDict:
         "tokenizer.weights": config.tokenizer.weights,
         "text.weights": config.text.weights,
         "model.weights": config.model.weights,
+        "sample.expert": config.sample.expert,
         "data.latents": config.data.latents,
     }
     if os.path.isdir(config.data.source):

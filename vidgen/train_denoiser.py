@@ -11,14 +11,17 @@ from ml_collections import ConfigDict
 
 from vidgen import sample
 from vidgen.conditioning import masks
+from vidgen.config import ConfigError
 from vidgen.data import feed, latents
 from vidgen.data.packing import Packing
 from vidgen.data.sources import Source
 from vidgen.evaluation.heldout import heldout_loss
+from vidgen.models import places
 from vidgen.planning.flops import step_flops
 from vidgen.planning.mix import Mix
 from vidgen.studio import media
 from vidgen.tokenizers import base as tokenizers
+from vidgen.training import restored
 from vidgen.training.course import Course, Introduction
 from vidgen.training.metrics import MetricWriter, si
 from vidgen.training.program import Program
@@ -28,6 +31,11 @@ def check(config: ConfigDict) -> None:
     """Raises ConfigError on settings that would fail late."""
     sample.check(config)
     masks.check_training(config)
+    if config.model.classes:
+        raise ConfigError(
+            f"config.model.classes={config.model.classes}: clips have captions and no labels, so a model by class can "
+            "be planned, imported and exported but not trained; expected config.model.classes=0"
+        )
     tokenizers.geometry_from_config(config.tokenizer)  # a vae without weights can be planned with only
 
 
@@ -41,8 +49,13 @@ def course(program: Program) -> Course:
     """Raises ConfigError for clips that can't be found or don't fit."""
     config, mesh = program.config, program.mesh
     tokenizer, text = program.generator.tokenizer, program.generator.text
+    if config.train.sample_every:
+        restored.expert(config, program.generator)  # what is wrong with it shows now
     source = latents.open_clips(config, tokenizer, text)
     packing = feed.plan(source, tokenizer, config, text)
+    for frames, height, width in packing.sizes.tolist():
+        grid = tokenizer.geometry.grid(frames, height, width)
+        places.check_fits(config.model, grid, f"a clip of {frames}x{height}x{width}")
     return Course(
         source=source,
         tokenizer=tokenizer.digest,
@@ -90,6 +103,7 @@ def draw(program: Program, params: Any, n: int, workdir: str, writer: MetricWrit
     """Samples of `sample.prompts`, a row each, into WORKDIR/samples/<step>/ and TensorBoard."""
     config = program.config
     prompts, seeds = list(config.sample.prompts), range(4)
+    params = restored.with_expert(config, program.generator, params)  # read anew: training has no room for it
     videos = sample.draw(config, program.generator, params, prompts, seeds=seeds)
     if writer is None:
         return

@@ -14,6 +14,7 @@ from vidgen import export_weights, import_weights, sample, train, weights
 from vidgen.config import ConfigError
 from vidgen.diffusion.generator import Experts
 from vidgen.interop import diffusers, pipelines, stream
+from vidgen.models import lora
 from vidgen.training import restored
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -128,7 +129,7 @@ def test_sampled_trained_and_out_again(shared, tmp_path):
 def test_two_experts_are_told_apart_by_what_was_trained(tmp_path):
     tiny_pipeline.make(str(tmp_path / "hf"), experts=True)
     import_weights.run(str(tmp_path / "hf"), str(tmp_path / "in"))
-    config, _, params, _ = restored.load(str(tmp_path / "in"))
+    config, generator, params, _ = restored.load(str(tmp_path / "in"))
     assert isinstance(params, Experts) and params.boundary == 0.8 == config.sample.boundary
     one = jax.tree.leaves(stream.load_onto(str(tmp_path / "in"), jax.sharding.SingleDeviceSharding(jax.devices()[0])))
     for a, b in zip(one, jax.tree.leaves(params.high), strict=True):
@@ -138,12 +139,20 @@ def test_two_experts_are_told_apart_by_what_was_trained(tmp_path):
     low = configs.load(f"configs/finetune.py:{tmp_path / 'in'},lora,low")
     assert low.objective.time_range == (0.0, 0.8) and low.model.weights.endswith("transformer_2")
     assert low.sample.expert.endswith("transformer") and low.lora.rank and low.optimizer.lr == 1e-4
-    places = jax.tree.map(lambda x: x.sharding, params.low)
-    assert restored.with_expert(low, "trained", places).low == "trained"
-    assert restored.with_expert(high, "trained", places).high == "trained"
+    trained = jax.tree.map(lambda x: x + 1, params.low)
+    assert restored.with_expert(low, generator, trained).low is trained
+    assert restored.with_expert(high, generator, trained).high is trained
+    low.lora.rank = 4
+    updated = lora.add(jax.random.key(0), trained, low.lora)  # as while updates train; the other one has none
+    assert weights.flatten(restored.with_expert(low, generator, updated).high).keys() == weights.flatten(trained).keys()
     low.sample.boundary = 0.0
     with pytest.raises(ConfigError, match="config.sample.boundary=0.0: with config.sample.expert"):
-        restored.with_expert(low, "trained", places)
+        restored.expert(low, generator)
+    tiny_pipeline.model(str(tmp_path / "wide"), tiny_pipeline.TRANSFORMER | {"ffn_dim": 48})
+    import_weights.run(str(tmp_path / "wide"), str(tmp_path / "other"))
+    high.sample.expert = str(tmp_path / "other")
+    with pytest.raises(ConfigError, match="config.sample.expert=.*other: config.model.mlp_dim=40: .*mlp_dim=48"):
+        restored.expert(high, generator)
 
 
 def test_what_cannot_be_run_is_still_moved(tmp_path, capsys):
@@ -214,13 +223,16 @@ def test_a_full_disk_is_seen_before_it_is_written(pipeline, tmp_path, monkeypatc
 
 def test_imported_directories_that_were_spoilt_are_named(shared, tmp_path):
     shutil.copytree(shared[1], tmp_path / "in")
+    sized = configs.load(f"configs/finetune.py:{tmp_path / 'in'},9x40x72")
+    assert (sized.sample.frames, sized.sample.height, sized.sample.width) == (9, 40, 72)
+    assert sized.rows.tokens == 256  # 3 x 5 x 9 of them, filled up
     with pytest.raises(ConfigError, match="holds pipeline.json, so it is imported already"):
         import_weights.run(str(tmp_path / "in"), str(tmp_path / "out"))
     with pytest.raises(ConfigError, match="--step=3: .* is an imported pipeline"):
         restored.load(str(tmp_path / "in"), 3)
     with pytest.raises(ConfigError, match="--format=vidgen: .* is an imported pipeline"):
         export_weights.run(str(tmp_path / "in"), str(tmp_path / "out"), format="vidgen")
-    with pytest.raises(ConfigError, match="'loraa': known are lora, low"):
+    with pytest.raises(ConfigError, match="'loraa': known are lora, low, and a size"):
         configs.load(f"configs/finetune.py:{tmp_path / 'in'},loraa")
     with pytest.raises(ConfigError, match="low: .* has one denoiser"):
         configs.load(f"configs/finetune.py:{tmp_path / 'in'},low")

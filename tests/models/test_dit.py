@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_tiny
 
 from vidgen.batch import TokenBatch
 from vidgen.config import ConfigError
@@ -14,6 +15,9 @@ from vidgen.models.linear import Layout
 from vidgen.parallel.mesh import make_mesh
 from vidgen.parallel.rules import rules_of
 from vidgen.text import encoder
+from vidgen.weights import flatten, nest
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 P = 12
 CLIPS = [((3, 2, 2), "a red circle"), ((1, 2, 3), "三角形"), ((2, 2, 2), "")]  # token grids and captions
@@ -45,20 +49,24 @@ def model(config, **changes):
     return dit.from_config(config, P, encoder.from_config(config))
 
 
-def lively(params):
-    """adaLN-Zero starts as the identity, which proves nothing: gives every array some values."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+def lively(net, *rows):
+    """Parameters none of which is zero: adaLN-Zero starts as the identity, which proves nothing."""
+    rng, shapes = np.random.default_rng(1), flatten(jax.eval_shape(net.init, jax.random.key(0), *rows)["params"])
+
+    def values(path, shape):
+        drawn = rng.normal(size=shape).astype(np.float32)
+        if path.endswith("kernel"):
+            return drawn / np.float32(shape[-2] ** 0.5)
+        return drawn / 10 + path.endswith("scale")
+
+    return nest({path: values(path, x.shape) for path, x in shapes.items()})
 
 
 @pytest.fixture(scope="module")
 def setup():
-    from conftest import make_tiny
-
     net = model(make_tiny())
     batch, noisy, levels = row(CLIPS, 32, 48)
-    params = lively(jax.jit(net.init)(jax.random.key(0), noisy, levels, batch)["params"])
+    params = lively(net, noisy, levels, batch)
     apply = jax.jit(lambda *inputs: net.apply({"params": params}, *inputs))
     return net, params, apply
 
@@ -70,10 +78,10 @@ def test_a_packed_row_gives_each_clip_what_it_gets_alone(setup):
     at = 0
     for k, clip in enumerate(CLIPS):
         n = int(np.prod(clip[0]))
-        alone, noisy_alone, own = row([clip], n, 16)
-        out = apply(noisy_alone, own, alone)
+        alone, noisy_alone, own = row([clip], 32, 48)  # of the same shape, so that it is compiled once
+        out = apply(noisy_alone, own, alone)[0, :n]
         assert np.abs(out).max() > 0.1
-        assert np.abs(packed[0, at : at + n] - out[0]).max() < 1e-5, f"clip {k}"
+        assert np.abs(packed[0, at : at + n] - out).max() < 1e-5, f"clip {k}"
         at += n
 
 
@@ -90,33 +98,34 @@ def test_a_clip_does_not_depend_on_its_neighbours_or_on_padding(setup):
 @pytest.mark.parametrize("what", ["caption", "level", "place"])
 def test_a_clip_depends_on_what_it_should(setup, what):
     _, _, apply = setup
-    batch, noisy, levels = row(CLIPS[:1], 12, 16)
+    batch, noisy, levels = row(CLIPS[:1], 32, 48)
     before = apply(noisy, levels, batch)
     if what == "caption":
-        batch = batch.replace(context={"text": row([(CLIPS[0][0], "a blue circle")], 12, 16)[0].context["text"]})
+        batch = batch.replace(context={"text": row([(CLIPS[0][0], "a blue circle")], 32, 48)[0].context["text"]})
     elif what == "level":
         levels = levels + 0.05
     else:
         batch = batch.replace(coords=batch.coords * 1.5)
-    assert np.abs(apply(noisy, levels, batch) - before).max() > 1e-3
+    assert np.abs(apply(noisy, levels, batch) - before)[0, :12].max() > 1e-3
 
 
 def test_it_starts_as_zero(tiny):
     batch, noisy, levels = row(CLIPS, 32, 48)
-    net = model(tiny)
+    net = model(tiny, layers=1, unroll=1)
     out, _ = jax.jit(net.init_with_output)(jax.random.key(0), noisy, levels, batch)
     assert not np.any(out)
 
 
-@pytest.mark.parametrize("changes", [{"remat": "full"}, {"unroll": 1}])
-def test_remat_and_unrolling_change_nothing(setup, tiny, changes):
+def test_remat_and_unrolling_change_nothing(setup, tiny):
     net, params, _ = setup
     batch, noisy, levels = row(CLIPS, 32, 48)
 
     def gradient(net):
         return jax.jit(jax.grad(lambda p: jnp.sum(net.apply({"params": p}, noisy, levels, batch)[0, :26] ** 2)))(params)
 
-    for a, b in zip(jax.tree.leaves(gradient(net)), jax.tree.leaves(gradient(model(tiny, **changes))), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(gradient(net)), jax.tree.leaves(gradient(model(tiny, remat="full", unroll=1))), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(a).max() + 1e-7)
 
 
@@ -196,41 +205,44 @@ def more(batch, clips, tokens, names):
     ],
     ids=["wan", "dit", "table"],
 )
-@pytest.mark.usefixtures("quick_compiles")
 def test_published_architectures_keep_packed_clips_apart_and_use_all_they_have(tiny, changes, names):
     net = model(tiny, **{"unroll": 1} | changes)
     batch, noisy, levels = row(CLIPS, 32, 48)
     batch = more(batch, CLIPS, 32, names)
     # Parameters can be made of a row that has no such inputs, as the one of `generator.example`.
-    params = lively(jax.jit(net.init)(jax.random.key(0), noisy, levels, row(CLIPS, 32, 48)[0])["params"])
-    apply = jax.jit(lambda p, *inputs: net.apply({"params": p}, *inputs))
-    packed, at = apply(params, noisy, levels, batch), 0
+    params = lively(net, noisy, levels, row(CLIPS, 32, 48)[0])
+
+    @jax.jit
+    def run(noisy, levels, batch):
+        """What comes out, the variance too, and the gradient of all of it."""
+
+        def loss(p):
+            out = net.apply({"params": p}, noisy, levels, batch, with_sigma=True)
+            return jnp.sum(jnp.where(batch.segment[..., None] > 0, out, 0) ** 2), out
+
+        return jax.grad(loss, has_aux=True)(params)[::-1]
+
+    (packed, gradients), at = run(noisy, levels, batch), 0
     for k, clip in enumerate(CLIPS):
         n = int(np.prod(clip[0]))
         alone, noisy_alone, own = row([clip], 32, 48)  # of the same shape, so that it is compiled once
-        out = apply(params, noisy_alone, own, more(alone, [clip], 32, names))
+        out, _ = run(noisy_alone, own, more(alone, [clip], 32, names))
         assert np.abs(out[0, :n]).max() > 0.1
         assert np.abs(packed[0, at : at + n] - out[0, :n]).max() < 1e-5, f"clip {k}"
         at += n
     for name in names:
-        spoilt = batch.context | {"image": jax.tree.map(np.array, batch.context["image"])} if name == "image" else None
         if name == "image":
-            spoilt["image"][0][0, [0, 1]] = spoilt["image"][0][0, [1, 0]]  # in another order
-            other = batch.replace(context=spoilt)
+            values, segment = batch.context["image"]
+            swapped = np.concatenate([values[:, 1::-1], values[:, 2:]], axis=1)  # in another order
+            other = batch.replace(context=batch.context | {"image": (swapped, segment)})
         else:
             other = batch.replace(**{name: getattr(batch, name) + 1})
-        assert np.abs(apply(params, noisy, levels, other) - packed)[0, :12].max() > 1e-4, name
-
-    def loss(p):  # of everything that comes out, the variance too
-        out = net.apply({"params": p}, noisy, levels, batch, with_sigma=True)
-        return jnp.sum(jnp.where(batch.segment[..., None] > 0, out, 0) ** 2)
-
-    for path, gradient in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
+        assert np.abs(run(noisy, levels, other)[0] - packed)[0, :12].max() > 1e-4, name
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         bias_of_keys = "key" in jax.tree_util.keystr(path) and "bias" in jax.tree_util.keystr(path)
         assert bias_of_keys or np.abs(gradient).max() > 0, path  # softmax is blind to what all keys share
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
     ("changes", "names"), [(WAN_LIKE, ("cond", "image")), (DIT_LIKE, ("vectors",))], ids=["wan", "dit"]
 )
@@ -239,7 +251,7 @@ def test_over_a_mesh_nothing_changes(tiny, changes, names):
     one = model(tiny, **{"unroll": 1, "remat": "full"} | changes)
     batch, noisy, levels = row(CLIPS, 32, 48)
     batch = more(batch, CLIPS, 32, names)
-    params = lively(jax.jit(one.init)(jax.random.key(0), noisy, levels, batch)["params"])
+    params = lively(one, noisy, levels, batch)
     mesh = make_mesh(tiny.mesh, 1, 32)
     layout, how = Layout(mesh, rules_of(tiny.mesh)), from_config(tiny, mesh, "cpu", tokens=32)
     several = one.clone(layout=layout, how=how, text=one.text and one.text.clone(layout=layout))
@@ -259,7 +271,7 @@ def test_learned_sigma_comes_behind_the_prediction(tiny):
     net = model(tiny, **DIT_LIKE)
     batch, noisy, levels = row(CLIPS, 32, 48)
     batch = more(batch, CLIPS, 32, ("vectors",))
-    params = lively(jax.jit(net.init)(jax.random.key(0), noisy, levels, batch)["params"])
+    params = lively(net, noisy, levels, batch)
     both = net.apply({"params": params}, noisy, levels, batch, with_sigma=True)
     assert both.shape == (1, 32, 2 * P)
     np.testing.assert_array_equal(net.apply({"params": params}, noisy, levels, batch), both[..., :P])
@@ -290,7 +302,12 @@ def test_places():
     coords[0] = [(0, 0, 0), (1, 0, 2), (0, 1, 2), (2, 0, 0)]
     table = np.arange(2 * 2 * 3)[:, None] * np.ones(4)
     found = places.looked_up(jnp.asarray(table), (2, 2, 3), jnp.asarray(coords))
-    np.testing.assert_array_equal(found[0, :, 0], [0, 8, 5, np.nan])  # the last is outside, and says so
+    np.testing.assert_array_equal(found[0, :, 0], [0, 8, 5, np.nan])  # the last is outside
+    settings = make_tiny().model
+    settings.update(absolute="table", table=(2, 2, 3))
+    places.check_fits(settings, (2, 1, 3), "a clip")
+    with pytest.raises(ConfigError, match=r"config.model.table=\(2, 2, 3\): a clip has \(t, y, x\) = \(3, 1, 1\)"):
+        places.check_fits(settings, (3, 1, 1), "a clip")
     flat, deep = (places.sincos(jnp.asarray(coords), 32, time) for time in (False, True))
     np.testing.assert_array_equal(flat[0, 1, :16], flat[0, 2, :16])  # of equal x
     np.testing.assert_array_equal(flat[0, 1, 16:], flat[0, 0, 16:])  # of equal y
@@ -309,6 +326,7 @@ def test_places():
         ({"final": "tables"}, "did you mean table"),
         ({"rope_pairs": (4, 4, 4)}, r"sum to 8, half of a head of 16; nearest: \(3, 3, 2\)"),
         ({"absolute": "table"}, "expected config.model.table"),
+        ({"absolute": "table", "table": (2, 2, 2), "time_in_seconds": True}, "a table has places in latent frames"),
         ({"table": (1, 0, 2)}, "config.model.table=.*each 1 or more"),
         ({"cross": False, "text_mlp": True}, "config.model.text_mlp=True: has no meaning without config.model.cross"),
         ({"image_tokens": 3}, "without config.model.image_width"),

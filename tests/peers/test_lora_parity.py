@@ -63,25 +63,3 @@ def test_a_pipeline_loads_our_file_and_gives_the_same(world, tmp_path):
     assert np.abs(beside(*inputs) - with_updates).max() < LIMIT
     merged = dataclasses.replace(ours, params=updates.merged(whole, updates.scale(c)))
     assert np.abs(merged(*inputs) - with_updates).max() < LIMIT
-
-
-def test_we_read_what_diffusers_writes(world, tmp_path):
-    """`add_adapter` and `save_lora_weights`, as its training scripts call them."""
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
-    theirs, ours, _, _, inputs = world
-    theirs.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=["to_q", "to_out.0"]), "mine")
-    peers.livelier(torch.nn.ModuleList([m for name, m in theirs.named_modules() if name.endswith(("_A", "_B"))]))
-    want = run(theirs, inputs)
-    hf.WanPipeline.save_lora_weights(
-        str(tmp_path),
-        transformer_lora_layers=get_peft_model_state_dict(theirs, adapter_name="mine"),
-        transformer_lora_adapter_metadata=theirs.peft_config["mine"].to_dict(),
-    )
-    theirs.delete_adapters("mine")
-    assert np.abs(want - run(theirs, inputs)).max() > 0.1
-    low, rank, alpha = lora.read(str(tmp_path), ours.architecture)
-    assert (rank, alpha) == (3, 6.0)
-    merged = updates.merged(nest(flatten(ours.params) | flatten(low)), alpha / rank)
-    assert np.abs(dataclasses.replace(ours, params=merged)(*inputs) - want).max() < LIMIT

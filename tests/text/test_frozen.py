@@ -147,7 +147,7 @@ def test_bad_weights_are_named(tmp_path):
 
     refused("config.text.name=t5: the weights in .* are of kind umt5; set that", **{"text.name": "t5"})
     refused("config.text.weights is empty: t5 and umt5 want", **{"text.weights": ""})
-    refused("nowhere/weights.json: No such file", **{"text.weights": str(tmp_path / "nowhere")})
+    refused("config.text.weights=.*nowhere: no such directory", **{"text.weights": str(tmp_path / "nowhere")})
     refused(
         r"layers/query/kernel has shape none: it is missing; expected \(2, 16, 12\)",
         lambda d: text_weights.rewrite(d, lambda flat: flat.pop("layers/query/kernel")),

@@ -233,9 +233,10 @@ def test_a_checkpoint_knows_its_vae(config):
 
 def test_a_run_goes_on_with_its_vae_alone(config, directory, tmp_path, monkeypatch):
     tokenizer, source, _ = setup(config)
-    course = SimpleNamespace(source=source, tokenizer=tokenizer.digest)
+    course = SimpleNamespace(source=source, tokenizer=tokenizer.digest, text="")
     state = SimpleNamespace(replace=lambda frozen: "restored")
-    program = SimpleNamespace(config=config, init=lambda: "new", state_like=None, frozen=lambda: None)
+    task = SimpleNamespace(start=None)
+    program = SimpleNamespace(config=config, task=task, init=lambda: "new", state_like=None, frozen=lambda: None)
 
     def begin(latest, facts):
         kept = SimpleNamespace(latest=latest, facts=lambda step: facts, restore=lambda step, like: state)

@@ -226,7 +226,8 @@ def test_a_frozen_group_stays_and_the_rest_trains(given):
         ({"model.width": 64}, r"config.model.width=64: the weights in .* are of model.width=32"),
         ({"model.qk_norm": "none"}, r"config.model.qk_norm=none: .* of model.qk_norm=head"),
         ({"text.width": 64}, r"config.text_width=64: .* of text_width=32"),
-        ({"model.weights": "nowhere"}, r"nowhere"),
+        ({"model.weights": "nowhere"}, r"config.model.weights=nowhere: no such directory"),
+        ({"lora.rank": 2, "lora.alpha": -1.0}, r"config.lora.alpha=-1.0: .* nearest: 0"),
         (
             {"lora.rank": 2, "lora.targets": "blocks/attn"},
             "config.lora.targets='blocks/attn': matches no layer; .*blocks/att",
@@ -242,6 +243,22 @@ def test_bad_settings(given, change, message):
     config = configs.override(make(given[0]), change)
     with pytest.raises(ConfigError, match=message):
         built(config)
+
+
+def test_what_is_frozen_lies_in_bfloat16_where_it_is_that_on_disk(given, tmp_path):
+    """At half the memory, and the step is that of the same values in float32, to the bit."""
+    where, flat = given
+    about, short = weights.describe(where)["config"], {p: x.astype("bfloat16") for p, x in flat.items()}
+    weights.save(str(tmp_path / "short"), "denoiser", about, nest(short))
+    weights.save(str(tmp_path / "long"), "denoiser", about, nest({p: x.astype(np.float32) for p, x in short.items()}))
+    ends = []
+    for name, dtype in (("short", "bfloat16"), ("long", "float32")):
+        program = built(make(tmp_path / name, rank=4))
+        state, metrics = program.step(program.init(), batch_of(program.config, program))
+        assert {x.dtype.name for x in jax.tree.leaves(state.frozen)} == {dtype}
+        assert {x.dtype.name for x in jax.tree.leaves((state.params, state.ema))} == {"float32"}
+        ends.append((state.params, metrics["loss"], metrics["grad_norm"]))
+    assert same(*ends)
 
 
 def test_weights_with_an_array_too_many_or_too_few(given, tmp_path):

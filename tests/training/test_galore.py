@@ -9,7 +9,9 @@ import pytest
 from vidgen import config as configs
 from vidgen.config import ConfigError
 from vidgen.diffusion import generator as generators
-from vidgen.training import galore, optimizers
+from vidgen.training import galore, optimizers, program
+from vidgen.training.stacks import is_stacked
+from vidgen.weights import flatten, nest
 
 
 def rotations(key, *shape):
@@ -132,33 +134,33 @@ def test_adafactor_takes_each_layer_of_a_stack_on_its_own():
     assert {(3, 40), (3, 64)} <= shapes
 
 
-def test_muon_takes_the_matrices_of_every_backbones_blocks():
-    x = jnp.ones((2, 8, 8))
-    inside = ("attention/query", "mlp/up", "cross/image_key", "skip")
-    params = {
-        stack: {name: {"kernel": x} for name in inside} | {"modulation": {"kernel": x}, "level_in": {"kernel": x}}
-        for stack in ("blocks", "in_blocks", "out_blocks")
-    } | {"embed": {"kernel": x[0]}, "middle": {"mlp": {"up": {"kernel": x[0]}}}}
-    found = optimizers.muon_dimensions(params)
-    for stack in ("blocks", "in_blocks", "out_blocks"):
-        assert {name: d["kernel"] is not None for name, d in found[stack].items()} == dict.fromkeys(inside, True) | {
-            "modulation": False,
-            "level_in": False,
-        }
-        assert found[stack]["skip"]["kernel"] == (1, 2)
-    assert found["middle"]["mlp"]["up"]["kernel"] == (0, 1) and found["embed"]["kernel"] is None
+@pytest.mark.parametrize("backbone", ["dit", "uvit"])
+def test_muon_takes_the_matrices_of_every_layer_on_its_own(tiny, backbone):
+    """Of the model as it is: all kernels of blocks with their layers in front, and of the text encoder."""
+    tiny.model.update(backbone=backbone, layers=3)
+    params = flatten(abstract(tiny))
+    found = {path: d for path, d in flatten(optimizers.muon_dimensions(nest(params))).items() if d is not None}
+    inside = [
+        p for p in params if p.endswith("kernel") and p.startswith(("blocks/", "text/")) and "modulation" not in p
+    ]
+    assert sorted(found) == sorted(inside) and len(inside) > 8
+    for path, dimensions in found.items():
+        assert is_stacked(path) == path.startswith("blocks/")
+        assert tuple(dimensions) == ((1, 2) if is_stacked(path) else (0, 1)), path
+        assert params[path].ndim == 2 + is_stacked(path)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("galore_rank", 0.0, "galore_rank=0: expected a share, above 0 to 1; nearest: 0.01"),
+        ("galore_rank", 0.0, "galore_rank=0.0: expected 0.001 to 1; nearest: 0.001"),
         ("galore_rank", 1.5, "galore_rank=1.5: .* nearest: 1"),
-        ("galore_every", 0, "galore_every=0: expected 1 step or more; nearest: 1"),
+        ("galore_every", 0, "galore_every=0: expected 1 or more; nearest: 1"),
+        ("galore_scale", -1.0, "galore_scale=-1.0: .* nearest: 1e-06"),
         ("name", "galor", "known are muon, adamw, adafactor, galore"),
     ],
 )
 def test_bad_settings_of_galore(tiny, key, value, message):
     tiny.optimizer[key] = value
     with pytest.raises(ConfigError, match=message):
-        optimizers.from_config(tiny)
+        program.check(tiny)

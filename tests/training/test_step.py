@@ -212,16 +212,6 @@ def test_critics_are_clipped_by_a_norm_of_their_own():
     assert not np.isfinite(optimizers.clipped(broken, 1.0)[0])  # so that the step is skipped
 
 
-def test_muon_takes_the_matrices_inside_blocks_layer_by_layer(world):
-    dimensions = optimizers.muon_dimensions(world[1])
-    blocks = dimensions["blocks"]
-    assert blocks["mlp"]["up"]["kernel"] == (1, 2) and blocks["attention"]["query"]["kernel"] == (1, 2)
-    assert dimensions["text"]["mlp_0"]["up"]["kernel"] == (0, 1)
-    for other in (dimensions["embed"]["kernel"], dimensions["head"]["kernel"], blocks["modulation"]["kernel"]):
-        assert other is None
-    assert blocks["mlp"]["up"]["bias"] is None and dimensions["text"]["bytes"]["embedding"] is None
-
-
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("cosine", [0.5, 1, 0.5]), ("linear", [0.5, 1, 0.5]), ("constant", [0.5, 1, 1]), ("wsd", [0.5, 1, 1])],

@@ -143,8 +143,6 @@ def read(directory: str | os.PathLike[str]) -> Model:
     file = os.path.join(found.directory, checkpoint.CONFIG)
     name = class_of(found.config, file)
     config = CLASSES[name].settle(CLASSES[name].read_config(found.config, file), found)
-    if name == dit_transformer.CLASS:
-        config = dit_transformer.settle(config, found)
     try:
         arrays = arrays_on_disk.of_checkpoint(CLASSES[name].entries(config, found.tensors.keys()), found)
     except ConfigError as e:

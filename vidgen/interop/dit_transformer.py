@@ -240,10 +240,7 @@ class DiTTransformer:
     @classmethod
     def build(cls, config: Architecture, params: Mapping[str, Any], settings: Mapping[str, Any]) -> DiTTransformer:
         """From the architecture, NumPy parameters and the settings in diffusers' terms."""
-        run = config.config()
-        run.model.remat = "none"
-        module = dit.from_config(run, config.features, None)
-        return cls(module, jax.tree.map(jnp.asarray, dict(params)), DEFAULTS | dict(settings), config)
+        return cls(packed.module_of(config), jax.tree.map(jnp.asarray, dict(params)), DEFAULTS | dict(settings), config)
 
     def __call__(self, hidden_states: np.ndarray, timestep: np.ndarray, class_labels: np.ndarray) -> np.ndarray:
         """The prediction, and behind it the variance if that is learned: [B,out_channels,H,W] f32.

@@ -75,34 +75,6 @@ def whole_shape(rows: Sequence[Entry]) -> tuple[int, ...]:
     return rows[0].shape if rows[0].layer is None else (len(rows), *rows[0].shape)
 
 
-def read(entries: Sequence[Entry], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Every tensor of the files, once, as {path: float32 array in Flax's layout}, layers stacked.
-
-    Raises ConfigError for the first key that is missing, unexpected or of another shape, naming file and shapes, for
-    weights that are not finite, and for tensors that should be equal and are not.
-    """
-    by_key = {entry.key: entry for entry in entries}
-    check(by_key, checkpoint)
-    shapes = {path: whole_shape(rows) for path, rows in stacks(entries).items()}
-    flat: dict[str, np.ndarray] = {}
-    first: dict[str, str] = {}
-    for key, entry in by_key.items():
-        array = checkpoint.read(key)
-        # float32 holds every float16 and bfloat16 exactly.
-        value = entry.to_flax(np.asarray(array, np.float32))
-        if entry.layer is not None:
-            if entry.path not in flat:
-                flat[entry.path] = np.empty(shapes[entry.path], np.float32)
-            flat[entry.path][entry.layer] = value
-        elif entry.path not in flat:
-            flat[entry.path], first[entry.path] = np.ascontiguousarray(value), key
-        elif not np.array_equal(flat[entry.path], value):
-            raise ConfigError(
-                f"{checkpoint.tensors[key].file}: {key} differs from {first[entry.path]}; expected the same values"
-            )
-    return flat
-
-
 def check(by_key: Mapping[str, Entry], checkpoint: Checkpoint) -> None:
     """Raises ConfigError for the first key that is missing, unexpected or of another shape, naming file and shapes."""
     found = checkpoint.tensors
@@ -128,30 +100,3 @@ def check(by_key: Mapping[str, Entry], checkpoint: Checkpoint) -> None:
                 f"{found[key].file}: {key} has shape {list(found[key].shape)}; "
                 f"expected {list(entry.stored)} by config.json"
             )
-
-
-def write(
-    entries: Sequence[Entry], flat: Mapping[str, np.ndarray], dtypes: Mapping[str, str], where: str
-) -> dict[str, np.ndarray]:
-    """{path: array} → {key: array} in PyTorch's layout.
-
-    Args:
-      entries: the whole model.
-      flat: arrays by path.
-      dtypes: what to store a key as; as `flat` has it where this says nothing.
-      where: `flat` came from, for messages.
-
-    Raises ConfigError for a path that is missing, unexpected or of another shape.
-    """
-    by_path = stacks(entries)
-    if odd := sorted(by_path.keys() ^ flat.keys()):
-        what = "no array" if odd[0] in by_path else "not of this model: array"
-        raise ConfigError(f"{where}: {what} {odd[0]}; expected {len(by_path)} arrays, found {len(flat)}")
-    out = {}
-    for path, rows in by_path.items():
-        if (shape := whole_shape(rows)) != flat[path].shape:
-            raise ConfigError(f"{where}: {path} has shape {list(flat[path].shape)}; expected {list(shape)}")
-        for entry in rows:
-            array = entry.to_torch(flat[path] if entry.layer is None else flat[path][entry.layer])
-            out[entry.key] = np.ascontiguousarray(array.astype(dtypes.get(entry.key, array.dtype)))
-    return out

@@ -43,9 +43,16 @@ def natural(value: Any, key: str, file: str) -> None:
         raise ConfigError(f"{file}: {key}={value!r}: expected a whole number ≥ 1")
 
 
+def module_of(config: Architecture) -> dit.DiT:
+    """The denoiser of an architecture, on one device, in float32."""
+    run = config.config()
+    run.model.remat = "none"
+    return dit.from_config(run, config.features, None)
+
+
 def shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
     """The parameters of an architecture, {path: shape}, with nothing computed."""
-    module = dit.from_config(config.config(), config.features, None)
+    module = module_of(config)
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     text = {"text": (f32((1, 1, config.text_width)), one)} if config.text_width else {}

@@ -219,7 +219,7 @@ def run_config(
         own = vae.config.stride[0] + denoiser.config.channels  # the mask of each frame, and latents
         if channels != own * math.prod(denoiser.config.patch):
             raise ConfigError(f"its transformer has {channels} numbers a token beside the noisy ones; expected Wan's")
-        c.control.channels = "wan"
+        c.control.channels = "wan"  # and no masks: the channels say themselves what is given
     # As Wan's pipelines are called where nobody says otherwise, by their model cards.
     tokens_of_frames = bool(index.get("expand_timesteps"))
     second = models.get("transformer_2")
@@ -228,8 +228,6 @@ def run_config(
         c.control.masks = (("first", 0.5),)
     else:
         c.sample.update({"frames": 81, "height": 480, "width": 832, "fps": 16.0, "steps": 50, "guidance": 5.0})
-        if channels:
-            c.control.masks = (("first_last" if denoiser.config["image_tokens"] else "first", 1.0),)
     if second is not None:
         boundary = index.get("boundary_ratio")
         if type(boundary) not in (int, float) or not 0 < boundary < 1:

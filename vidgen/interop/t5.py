@@ -140,7 +140,7 @@ def entries(config: T5Config, keys: Collection[str] = ()) -> tuple[Entry, ...]:
     """Every parameter of an encoder of these sizes under both names.
 
     `keys`: of the file that is read, or written: they say by which of its two names the table of embeddings is there.
-    Under both, the two are to be equal (see `names.read`).
+    Under both, the two are to be equal (see `arrays.of_checkpoint`).
     """
     tables = tuple(key for key in EMBEDDINGS if key in keys) or EMBEDDINGS[:1]
     return _entries(config, tables)

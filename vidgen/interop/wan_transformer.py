@@ -248,10 +248,7 @@ class WanTransformer:
     @classmethod
     def build(cls, config: Architecture, params: Mapping[str, Any], settings: Mapping[str, Any]) -> WanTransformer:
         """From the architecture, NumPy parameters and the settings in diffusers' terms."""
-        run = config.config()
-        run.model.remat = "none"
-        module = dit.from_config(run, config.features, None)
-        return cls(module, jax.tree.map(jnp.asarray, dict(params)), DEFAULTS | dict(settings), config)
+        return cls(packed.module_of(config), jax.tree.map(jnp.asarray, dict(params)), DEFAULTS | dict(settings), config)
 
     def __call__(
         self,

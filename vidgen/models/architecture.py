@@ -48,6 +48,8 @@ KEYS = (
 class Architecture:
     """A denoiser's architecture; hashable, and equal where weights of the one are weights of the other.
 
+    But for how many learned places of text a U-ViT with absolute="table" has, which follows from `config.rows.caption`.
+
     Attributes:
       model: (key, value) of `config.model`, in the order of `KEYS`, with what follows from other keys spelled out:
         `mlp_dim` and `rope_pairs` are always set.

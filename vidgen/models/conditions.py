@@ -2,15 +2,67 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vidgen.batch import TokenBatch
+from vidgen.config import ConfigError
 from vidgen.models.blocks import Norm
 from vidgen.models.linear import Dtype, Layout, Linear
 from vidgen.models.places import sinusoids
 
 SINUSOIDS = 256  # numbers that a noise level is told in, before the first layer
+
+
+def encoded(batch: TokenBatch, text: nn.Module | None) -> TokenBatch:
+    """`batch` with its text as values: ids go through `text`. Raises ConfigError for ids where that is None."""
+    if "text" not in batch.context:
+        return batch
+    values, segment = batch.context["text"]
+    if jnp.issubdtype(values.dtype, jnp.integer):
+        if text is None:
+            raise ConfigError("text as ids, and the model has no encoder for them; expected values [B,L,E]")
+        values = text(values, segment)
+    return batch.replace(context=batch.context | {"text": (values, segment)})
+
+
+def complete(
+    batch: TokenBatch,
+    levels: int,
+    making: bool,
+    *,
+    cond: int,
+    classes: int,
+    image_width: int = 0,
+    image_tokens: int = 0,
+) -> TokenBatch:
+    """The batch of a model with these settings, of which it must have the inputs and no others; ConfigError else.
+
+    `levels`: noise levels of a row. `making`: while parameters are made, what is missing is zeros.
+    """
+    rows, tokens = batch.segment.shape
+    values, _ = batch.context.get("image", (None, None))
+
+    def missing(name: str, setting: int, field: str, array: Any, shape: tuple[int, ...]) -> bool:
+        told = f"config.model.{name}={setting}"
+        if array is not None and (not setting or field != "vectors" and array.shape[-1] != shape[-1]):
+            raise ConfigError(f"{told}: rows bring {field} {list(array.shape)}; expected {shape[-1] or 'no'} numbers")
+        if array is None and setting and not making:
+            raise ConfigError(f"{told}: expected rows with {field} {list(shape)}, found none")
+        return array is None and setting > 0
+
+    if missing("cond", cond, "cond", batch.cond, shape := (rows, tokens, cond)):
+        batch = batch.replace(cond=jnp.zeros(shape))
+    if missing("classes", classes, "vectors", batch.vectors, shape := (rows, levels, min(classes, 1))):
+        batch = batch.replace(vectors=jnp.zeros(shape))
+    shape = (rows, max(image_tokens, 1), image_width)
+    if missing("image_width", image_width, "image features", values, shape):
+        image = (jnp.zeros(shape), jnp.zeros(shape[:2], jnp.int32))
+        batch = batch.replace(context=batch.context | {"image": image})
+    return batch
 
 
 def labels_of(vectors_BxNxV: jax.Array, table_CxW: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 
 import chex
 import jax
@@ -17,18 +18,17 @@ from ml_collections import ConfigDict
 
 from vidgen.batch import TokenBatch
 from vidgen.config import ConfigError
-from vidgen.models import remat, windows
+from vidgen.models import places, remat, windows
 from vidgen.models.architecture import KEYS, mlp_dim
 from vidgen.models.attend import Attending
 from vidgen.models.attention import QK_NORMS, check_heads, dtype_of
 from vidgen.models.blocks import Block, Group, modulation, norm, pick
-from vidgen.models.conditions import SINUSOIDS, EmbedImage, LevelsOfBlock, class_table, labels_of
+from vidgen.models.conditions import SINUSOIDS, EmbedImage, LevelsOfBlock, class_table, complete, encoded, labels_of
 from vidgen.models.linear import Dtype, Layout, Linear
-from vidgen.models.places import looked_up, sincos, sinusoids
+from vidgen.models.places import placed, sinusoids
 from vidgen.models.remat import rematerialised
 from vidgen.models.rope import axis_widths, rope_table
 
-PLACES = ("projected", "sincos", "table", "none")
 FINALS = ("modulation", "table")
 
 
@@ -106,10 +106,8 @@ class DiT(nn.Module):
         if self.absolute == "projected":
             self.place = linear(self.width, precision="highest")
         elif self.absolute == "table":
-            places = self.table[0] * self.table[1] * self.table[2]
-            self.place_table = self.param(
-                "place_table", nn.initializers.normal(0.02), (places, self.width), jnp.float32
-            )
+            shape = (math.prod(self.table), self.width)
+            self.place_table = self.param("place_table", nn.initializers.normal(0.02), shape, jnp.float32)
         if self.level_per_block:
             levels = nn.scan(
                 LevelsOfBlock,
@@ -173,14 +171,7 @@ class DiT(nn.Module):
 
     def encode_context(self, batch: TokenBatch) -> TokenBatch:
         """`batch` with its text ids turned into values, so that a sampler encodes a prompt once."""
-        if not self.cross or "text" not in batch.context:
-            return batch
-        text, segment = batch.context["text"]
-        if jnp.issubdtype(text.dtype, jnp.integer):
-            if self.text is None:
-                raise ConfigError("text as ids, and the model has no encoder for them; expected values [B,L,E]")
-            text = self.text(text, segment)
-        return batch.replace(context=batch.context | {"text": (text, segment)})
+        return encoded(batch, self.text) if self.cross else batch
 
     def __call__(
         self, noisy_BxSxP: jax.Array, levels_BxN: jax.Array, batch: TokenBatch, with_sigma: bool = False
@@ -191,7 +182,15 @@ class DiT(nn.Module):
         if the batch lacks what the model was made for, or brings what it has no input for.
         """
         chex.assert_rank([noisy_BxSxP, levels_BxN, batch.segment, batch.coords], [3, 2, 2, 3])
-        batch = self._complete(batch, levels_BxN.shape[1])
+        batch = complete(
+            batch,
+            levels_BxN.shape[1],
+            self.is_initializing(),
+            cond=self.cond,
+            classes=self.classes,
+            image_width=self.image_width,
+            image_tokens=self.image_tokens,
+        )
         text = self.encode_context(batch).context.get("text") if self.cross else None
         if text is not None and self.text_mlp:
             text = (self.text_out(nn.gelu(self.text_in(text[0]))), text[1])
@@ -207,7 +206,7 @@ class DiT(nn.Module):
         if self.rope:
             table = rope_table(batch.coords, self.width // self.heads, self.rope_theta, self.rope_pairs)
         x = noisy_BxSxP if batch.cond is None else jnp.concatenate([noisy_BxSxP, batch.cond], axis=-1)
-        x = self._placed(self.embed(x).astype(jnp.float32), batch.coords)
+        x = placed(self, self.embed(x).astype(jnp.float32), batch.coords)
         x, _ = self.blocks(x.astype(self.residual), conditions, batch.level, ids, table, text, image)
         if self.final == "table":
             ends = jnp.split(self.final_table, 2)
@@ -231,42 +230,6 @@ class DiT(nn.Module):
             condition = condition + labels_of(batch.vectors, self.class_table)
         return condition, self.modulation(nn.silu(condition)) if self.shared_modulation else condition
 
-    def _placed(self, x_BxSxW: jax.Array, coords_BxSx3: jax.Array) -> jax.Array:
-        """Tokens that know where they are."""
-        if self.absolute == "projected":
-            waves = sinusoids(coords_BxSx3, 64, self.rope_theta)
-            return x_BxSxW + self.place(waves.reshape(*x_BxSxW.shape[:2], -1))
-        if self.absolute == "sincos":
-            return x_BxSxW + sincos(coords_BxSx3, self.width, time=bool(self.table) and self.table[0] > 1)
-        if self.absolute == "table":
-            return x_BxSxW + looked_up(self.place_table, self.table, coords_BxSx3)
-        return x_BxSxW
-
-    def _complete(self, batch: TokenBatch, levels: int) -> TokenBatch:
-        """The batch, which must have the inputs of the model and no others; zeros while parameters are made."""
-        rows, tokens = batch.segment.shape
-        values, segment = batch.context.get("image", (None, None))
-        for field, setting, array, shape in (
-            ("cond", "cond", batch.cond, (rows, tokens, self.cond)),
-            ("vectors", "classes", batch.vectors, (rows, levels, min(self.classes, 1))),
-            ("image features", "image_width", values, (rows, max(self.image_tokens, 1), self.image_width)),
-        ):
-            told = f"config.model.{setting}={getattr(self, setting)}"
-            if array is None and shape[-1] and not self.is_initializing():
-                raise ConfigError(f"{told}: expected rows with {field} {list(shape)}, found none")
-            if array is not None and (not shape[-1] or field != "vectors" and array.shape[-1] != shape[-1]):
-                raise ConfigError(
-                    f"{told}: rows bring {field} {list(array.shape)}; expected {shape[-1] or 'no'} numbers"
-                )
-            if array is None and shape[-1]:
-                zeros = jnp.zeros(shape, jnp.float32)
-                if field == "image features":
-                    context = batch.context | {"image": (zeros, jnp.zeros(shape[:2], jnp.int32))}
-                    batch = batch.replace(context=context)
-                else:
-                    batch = batch.replace(**{field: zeros})
-        return batch
-
 
 def layer_pattern(window: tuple[int, ...], full_every: int) -> tuple[str, ...]:
     """The ids that the layers of one repetition go by, as `Block.ids` names them."""
@@ -282,7 +245,7 @@ def check(config: ConfigDict) -> None:
     m = config.model
     check_heads("model", m)
     remat.parse(m.remat)
-    for key, known in (("qk_norm", QK_NORMS), ("absolute", PLACES), ("final", FINALS)):
+    for key, known in (("qk_norm", QK_NORMS), ("absolute", places.HOW), ("final", FINALS)):
         if m[key] not in known:
             near = difflib.get_close_matches(str(m[key]), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -326,6 +289,8 @@ def _check_places(m: ConfigDict) -> None:
         raise ConfigError(f"config.model.table={table}: expected (t, y, x) in tokens, each 1 or more, or ()")
     if m.absolute == "table" and not table:
         raise ConfigError("config.model.absolute=table: expected config.model.table, (t, y, x) of the largest clip")
+    if m.absolute == "table" and m.time_in_seconds:
+        raise ConfigError("config.model.time_in_seconds: a table has places in latent frames; expected False")
 
 
 def from_config(

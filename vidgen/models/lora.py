@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -32,9 +32,7 @@ def scale(c: ConfigDict) -> float:
 
 
 def check(c: ConfigDict) -> None:
-    """Raises ConfigError on settings of `config.lora` that mean nothing."""
-    if c.rank < 0:
-        raise ConfigError(f"config.lora.rank={c.rank}: expected 1 or more, or 0 for none; nearest: 0")
+    """Raises ConfigError on targets that are no regular expression."""
     try:
         re.compile(c.targets)
     except re.error as e:
@@ -51,12 +49,20 @@ def targets(params: Mapping[str, Any], pattern: str) -> tuple[str, ...]:
     ]
     found = tuple(layer for layer in layers if re.search(pattern, layer))
     if not found:
-        plain = re.sub(r"[\\^$()|.*+?\[\]]+", "/", pattern)
-        near = difflib.get_close_matches(plain, layers, n=3, cutoff=0.0)
-        raise ConfigError(
-            f"config.lora.targets={pattern!r}: matches no layer; there are, for example, {', '.join(near)}"
-        )
+        some = ", ".join(near(pattern, layers))
+        raise ConfigError(f"config.lora.targets={pattern!r}: matches no layer; there are, for example, {some}")
     return found
+
+
+def near(pattern: str, paths: Iterable[str]) -> list[str]:
+    """The three of the paths that have words most like those of a regex that is found in none."""
+    words = re.findall(r"\w+", pattern) or [""]
+
+    def likeness(path: str) -> float:
+        own = path.split("/")
+        return sum(max(difflib.SequenceMatcher(None, word, part).ratio() for part in own) for word in words)
+
+    return sorted(paths, key=likeness, reverse=True)[:3]
 
 
 def add(key: jax.Array, params: Mapping[str, Any], c: ConfigDict) -> dict[str, Any]:

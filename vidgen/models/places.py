@@ -4,8 +4,39 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import ConfigDict
 
+from vidgen.config import ConfigError
+from vidgen.geometry import Grid
 from vidgen.models.rope import axis_widths
+
+HOW = ("projected", "sincos", "table", "none")  # values of config.model.absolute
+
+
+def placed(module: nn.Module, x_BxSxW: jax.Array, coords_BxSx3: jax.Array) -> jax.Array:
+    """Tokens that know where they are, as `module.absolute` has it.
+
+    `module` has the attributes width, absolute, table and rope_theta, and the layer `place` ("projected") or the
+    parameter `place_table` ("table").
+    """
+    if module.absolute == "projected":
+        waves = sinusoids(coords_BxSx3, 64, module.rope_theta)
+        return x_BxSxW + module.place(waves.reshape(*x_BxSxW.shape[:2], -1))
+    if module.absolute == "sincos":
+        return x_BxSxW + sincos(coords_BxSx3, module.width, time=bool(module.table) and module.table[0] > 1)
+    if module.absolute == "table":
+        return x_BxSxW + looked_up(module.place_table, module.table, coords_BxSx3)
+    return x_BxSxW
+
+
+def check_fits(model: ConfigDict, grid: Grid, what: str) -> None:
+    """Raises ConfigError for a clip, `what`, whose grid of tokens is larger than a learned table of places."""
+    table = tuple(model.table)
+    if model.absolute == "table" and any(n > most for n, most in zip(grid, table, strict=True)):
+        raise ConfigError(
+            f"config.model.table={table}: {what} has (t, y, x) = {tuple(grid)} tokens; expected no more along any axis"
+        )
 
 
 def sinusoids(x: jax.Array, width: int, longest: float = 10_000.0) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import chex
 import jax
@@ -19,9 +20,9 @@ from vidgen.models import dit
 from vidgen.models.architecture import KEYS, mlp_dim
 from vidgen.models.attend import Attending
 from vidgen.models.attention import Attention, dtype_of
-from vidgen.models.conditions import class_table, labels_of, rank_in_segment
+from vidgen.models.conditions import class_table, complete, encoded, labels_of, rank_in_segment
 from vidgen.models.linear import Dtype, Layout, Linear
-from vidgen.models.places import looked_up, sincos, sinusoids
+from vidgen.models.places import placed, sinusoids
 from vidgen.models.remat import rematerialised
 from vidgen.models.rope import rope_table
 from vidgen.parallel.mesh import TOKENS
@@ -199,7 +200,7 @@ class UViT(nn.Module):
         if self.absolute == "projected":
             self.place = linear(self.width, precision="highest")
         elif self.absolute == "table":
-            self.place_table = vectors("place_table", self.table[0] * self.table[1] * self.table[2])
+            self.place_table = vectors("place_table", math.prod(self.table))
         self.level_place = vectors("level_place")
         self.given = vectors("given", init=nn.initializers.zeros)
         if self.classes:
@@ -216,14 +217,7 @@ class UViT(nn.Module):
 
     def encode_context(self, batch: TokenBatch) -> TokenBatch:
         """`batch` with its text ids turned into values, so that a sampler encodes a prompt once."""
-        if not self.cross or "text" not in batch.context:
-            return batch
-        text, segment = batch.context["text"]
-        if jnp.issubdtype(text.dtype, jnp.integer):
-            if self.text is None:
-                raise ConfigError("text as ids, and the model has no encoder for them; expected values [B,L,E]")
-            text = self.text(text, segment)
-        return batch.replace(context=batch.context | {"text": (text, segment)})
+        return encoded(batch, self.text) if self.cross else batch
 
     def __call__(self, noisy_BxSxP: jax.Array, levels_BxN: jax.Array, batch: TokenBatch) -> jax.Array:
         """Prediction [B,S,P] f32 for noisy tokens at the row's noise levels in [0, 1] (0 = clean).
@@ -231,7 +225,8 @@ class UViT(nn.Module):
         Raises ConfigError if the batch lacks what the model was made for, or brings what it has no input for.
         """
         chex.assert_rank([noisy_BxSxP, levels_BxN, batch.segment, batch.coords], [3, 2, 2, 3])
-        batch = self._complete(batch, levels_BxN.shape[1])
+        making = self.is_initializing()
+        batch = complete(batch, levels_BxN.shape[1], making, cond=self.cond, classes=self.classes)
         patches = self._patches(noisy_BxSxP, batch)
         others, ids = self._others(levels_BxN, batch)
         pieces = self.how.mesh.shape["context"] if self.how.mesh else 1
@@ -249,14 +244,7 @@ class UViT(nn.Module):
     def _patches(self, noisy_BxSxP: jax.Array, batch: TokenBatch) -> jax.Array:
         """[B,S,W] f32."""
         inputs = noisy_BxSxP if batch.cond is None else jnp.concatenate([noisy_BxSxP, batch.cond], axis=-1)
-        x = self.embed(inputs).astype(jnp.float32)
-        if self.absolute == "projected":
-            waves = sinusoids(batch.coords, 64, self.rope_theta)
-            x = x + self.place(waves.reshape(*x.shape[:2], -1))
-        elif self.absolute == "sincos":
-            x = x + sincos(batch.coords, self.width, time=bool(self.table) and self.table[0] > 1)
-        elif self.absolute == "table":
-            x = x + looked_up(self.place_table, self.table, batch.coords)
+        x = placed(self, self.embed(inputs).astype(jnp.float32), batch.coords)
         given = (batch.level == 0) & (batch.segment > 0)
         return x + given[..., None] * self.given
 
@@ -276,25 +264,6 @@ class UViT(nn.Module):
                 text = text + jnp.take(self.text_places, rank_in_segment(segment), axis=0, mode="clip")
             tokens, ids = [text, *tokens], [segment, *ids]
         return jnp.concatenate(tokens, axis=1), jnp.concatenate(ids, axis=1)
-
-    def _complete(self, batch: TokenBatch, levels: int) -> TokenBatch:
-        """The batch, which must have the inputs of the model and no others; zeros while parameters are made."""
-        rows, tokens = batch.segment.shape
-        for field, setting, shape in (
-            ("cond", "cond", (rows, tokens, self.cond)),
-            ("vectors", "classes", (rows, levels, 1)),
-        ):
-            array, wanted = getattr(batch, field), getattr(self, setting)
-            told = f"config.model.{setting}={wanted}"
-            if array is None and wanted and not self.is_initializing():
-                raise ConfigError(f"{told}: expected rows with {field} {list(shape)}, found none")
-            if array is not None and (not wanted or (field == "cond" and array.shape != shape)):
-                raise ConfigError(
-                    f"{told}: rows bring {field} {list(array.shape)}; expected {list(shape) if wanted else 'none'}"
-                )
-            if array is None and wanted:
-                batch = batch.replace(**{field: jnp.zeros(shape, jnp.float32)})
-        return batch
 
 
 def join(first: jax.Array, second: jax.Array, pieces: int) -> jax.Array:
@@ -318,6 +287,11 @@ def prefix(config: ConfigDict) -> int:
     """M, tokens of a row beside its patches, before they are filled up for a kernel or a context axis."""
     m, r = config.model, config.rows
     return (r.text if m.cross else 0) + (r.segments + 1) * (2 if m.classes else 1)
+
+
+def places(config: ConfigDict) -> int:
+    """Text tokens of a caption at most, which have learned places where patches do."""
+    return max(config.rows.caption, config.text.pad)
 
 
 def filled(tokens: int, how: Attending) -> int:
@@ -357,7 +331,7 @@ def from_config(
     return UViT(
         **{key: tuple(m[key]) if isinstance(m[key], list | tuple) else m[key] for key in own} | {"mlp_dim": mlp_dim(m)},
         features=features,
-        places=max(config.rows.caption, config.text.pad),
+        places=places(config),
         text=text if m.cross else None,
         remat=m.remat,
         unroll=m.unroll,

@@ -132,4 +132,4 @@ def _uvit(config: ConfigDict) -> int:
     count += 2 * m.width  # place of a noise level's token, and what marks given tokens
     count += (m.classes + 1) * m.width if m.classes else 0
     count += (encoded_width(config) + 1) * m.width if m.cross else 0
-    return count + (config.rows.caption * m.width if m.cross and m.absolute == "table" else 0)
+    return count + (uvit.places(config) * m.width if m.cross and m.absolute == "table" else 0)

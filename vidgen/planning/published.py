@@ -21,7 +21,7 @@ LATENTS = Geometry(stride=(4, 8, 8), patch=(1, 2, 2), channels=16)
 def wan():
     """The shape of Wan 2.1 14B, a clip of 81 x 720 x 1280 a step."""
     c = configs.base()
-    c.model.update(width=5120, layers=40, heads=40, mlp_ratio=2.7, residual="bfloat16")
+    c.model.update(width=5120, layers=40, heads=40, mlp_dim=13_824, residual="bfloat16")
     c.model.update(shared_modulation=True, text_mlp=True, absolute="none", final="table", bias=True)
     c.text.update(width=4096, layers=0, heads=32)
     c.rows.update(count=1, tokens=TOKENS, text=512, caption=512, segments=1)

@@ -239,6 +239,8 @@ def from_config(config: ConfigDict) -> FrozenEncoder | None:
         return None
     if not t.weights:
         return FrozenEncoder("", t.width, config.rows.caption, t.pad)
+    if not os.path.exists(t.weights):
+        raise ConfigError(f"config.text.weights={t.weights}: no such directory; expected one of vidgen import")
     directory = find(t.weights)
     sizes = _config(directory)
     if sizes.kind != t.name:

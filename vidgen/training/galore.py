@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vidgen.config import ConfigError
 from vidgen.parallel.mesh import path_name
 from vidgen.training.stacks import is_stacked
 
@@ -38,15 +37,6 @@ class GaLoreState(NamedTuple):
     projection: Any
     mu: Any
     nu: Any
-
-
-def check(rank: float, every: int) -> None:
-    """Raises ConfigError on settings that mean nothing."""
-    if not 0 < rank <= 1:
-        near = min(max(rank, 0.01), 1.0)
-        raise ConfigError(f"config.optimizer.galore_rank={rank:g}: expected a share, above 0 to 1; nearest: {near:g}")
-    if every < 1:
-        raise ConfigError(f"config.optimizer.galore_every={every}: expected 1 step or more; nearest: 1")
 
 
 def takes(path: str, x: Any, rank: float) -> bool:

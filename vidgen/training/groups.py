@@ -176,5 +176,4 @@ def _refuse_empty(group: Group, groups: tuple[Group, ...], of: Mapping[str, int]
     if taken := [path for path in of if re.search(group.name, path)]:
         raise ConfigError(f"{told}: all it matches is in groups before it, {taken[0]} in {groups[of[taken[0]]].name!r}")
     left = [path for path, i in of.items() if not (low_rank and i == 0)]
-    near = difflib.get_close_matches(re.sub(r"[\\^$()|.*+?\[\]]+", "/", group.name), left, n=3, cutoff=0.0)
-    raise ConfigError(f"{told}: matches no parameter; there are, for example, {', '.join(near)}")
+    raise ConfigError(f"{told}: matches no parameter; there are, for example, {', '.join(lora.near(group.name, left))}")

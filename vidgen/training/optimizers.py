@@ -52,7 +52,7 @@ def muon_dimensions(params: Any) -> Any:
         name = path_name(path)
         if re.match(r"vae/(en|de)coder/\w+_block.*kernel$", name):
             return MuonDimensionNumbers(reduction_axis=tuple(range(x.ndim - 1)), output_axis=x.ndim - 1)
-        inside = re.match(r"((\w+_)?blocks|middle|text)/.*kernel$", name) and not re.search(r"modulation|/level", name)
+        inside = re.match(r"(blocks|text)/.*kernel$", name) and not re.search(r"modulation|/level", name)
         return MuonDimensionNumbers(reduction_axis=x.ndim - 2, output_axis=x.ndim - 1) if inside else None
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
@@ -67,7 +67,6 @@ def from_config(config: ConfigDict, partition: Partition | None = None) -> optax
     c = config.optimizer
     if c.name not in OPTIMIZERS:
         raise ConfigError(f"config.optimizer.name={c.name!r}: known are {', '.join(OPTIMIZERS)}")
-    galore.check(c.galore_rank, c.galore_every)
 
     def one(factor: float, weight_decay: float) -> optax.GradientTransformation:
         lr = schedule(c, factor * c.lr, config.train.steps)

@@ -39,7 +39,8 @@ class Program:
       config, mesh: what it was built from.
       task: what is trained, and what its steps minimise.
       partition: of all its parameters into groups.
-      whole_like: {path: ShapeDtypeStruct with its sharding} of all its parameters, those that are frozen too.
+      whole_like: {path: ShapeDtypeStruct with its sharding} of all its parameters, those that are frozen too. Those are
+        bfloat16 where they are that on disk, the same values at half the memory; all others are f32.
       optimizer: of the config.
       compiler_options: that the step is compiled with, of the table in `vidgen/planning/hardware.py`.
       init: () → the state before the first step, made straight into its sharding.
@@ -125,7 +126,8 @@ def build(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> Progra
     task = task_of(config).task(config, mesh, platform)
     rules, sizes = rules_of(config.mesh), dict(mesh.shape)
     start, everything = task.start, jax.eval_shape(lambda: task.init(jax.random.key(config.seed))[0])
-    partition = groups.partition(config, everything, start.paths if start else ())
+    dtypes = start.dtypes if start else {}
+    partition = groups.partition(config, everything, dtypes)
     optimizer = optimizers.from_config(config, partition)
 
     def made(given: dict[str, jax.Array]) -> TrainState:
@@ -138,6 +140,8 @@ def build(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> Progra
     whole_like = flatten(_placed(everything, tree_shardings(everything, mesh, rules)))
     # What is frozen goes in as an argument: as a constant it would be in the program's text.
     if partition.freezes:
+        halved = {path: x for path, x in flatten(partition.split(whole_like)[1]).items() if dtypes[path] == "bfloat16"}
+        whole_like |= {p: jax.ShapeDtypeStruct(x.shape, "bfloat16", sharding=x.sharding) for p, x in halved.items()}
         frozen = partition.split(whole_like)[1]
         places = jax.tree.map(lambda x: x.sharding, frozen)
     else:

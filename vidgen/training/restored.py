@@ -14,10 +14,12 @@ from vidgen.config import ConfigError
 from vidgen.diffusion import generator as generators
 from vidgen.diffusion.generator import Generator
 from vidgen.interop import pipelines, stream
+from vidgen.models import lora
 from vidgen.parallel.mesh import make_mesh
 from vidgen.parallel.rules import rules_of, tree_shardings
 from vidgen.training import start
 from vidgen.training.checkpoint import Checkpoints, read_config
+from vidgen.weights import flatten, nest
 
 # What of a run's settings is of the machine that it trained on.
 HERE = {
@@ -52,7 +54,7 @@ def load(workdir: str, step: int | None = None) -> tuple[ConfigDict, Generator, 
                 f"--step={step}: {workdir} is an imported pipeline, which has no checkpoints; leave it out"
             )
         params = _imported(config, config.model.weights, places)
-        return config, generator, with_expert(config, params, places), 0
+        return config, generator, with_expert(config, generator, params), 0
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
         step = chosen_step(workdir, checkpoints, step)
@@ -60,7 +62,7 @@ def load(workdir: str, step: int | None = None) -> tuple[ConfigDict, Generator, 
         check_tokenizer(generator.tokenizer.digest, facts, config.tokenizer.weights)
         check_text(generator.text.digest if generator.text else "", facts, config.text.weights)
         params = start.averaged(config, generator, checkpoints, step, places)
-        return config, generator, with_expert(config, params, places), step
+        return config, generator, with_expert(config, generator, params), step
     finally:
         checkpoints.close()
 
@@ -89,23 +91,44 @@ def chosen_step(workdir: str, checkpoints: Checkpoints, step: int | None) -> int
     return step
 
 
-def with_expert(config: ConfigDict, params: Any, places: Any) -> Any:
-    """`params` with those of `config.sample.expert`, as `Experts`; as they are where it names none.
+def expert(config: ConfigDict, generator: Generator) -> start.Start | None:
+    """The weights that `config.sample.expert` names: of a weights directory, an imported pipeline or a run.
 
-    The one of the two that trained at low noise, by `config.objective.time_range`, is the one for low noise; where
-    that doesn't say, `config.sample.expert` is. `places`: shardings. Raises ConfigError.
+    None where it names none. Raises ConfigError for what can't take turns with the denoiser of the config.
     """
     s = config.sample
     if not s.expert:
-        return params
+        return None
     if not 0 < s.boundary < 1:
         raise ConfigError(
             f"config.sample.boundary={s.boundary}: with config.sample.expert, expected a number within 0 to 1"
         )
-    other = _imported(config, s.expert, places)
-    if config.objective.time_range[1] <= s.boundary:
-        return generators.Experts(high=other, low=params, boundary=s.boundary)
-    return generators.Experts(high=params, low=other, boundary=s.boundary)
+    try:
+        return start.find(configs.override(config, {"model.weights": s.expert}), generator)
+    except ConfigError as e:
+        raise ConfigError(f"config.sample.expert={s.expert}: {e}") from None
+
+
+def with_expert(config: ConfigDict, generator: Generator, params: Any) -> Any:
+    """`params` with those of `config.sample.expert`, laid out alike, as `Experts`; as they are where it names none.
+
+    The one of the two that trained at low noise, by `config.objective.time_range`, is the one for low noise; where
+    that doesn't say, `config.sample.expert` is. Raises ConfigError.
+    """
+    found = expert(config, generator)
+    if found is None:
+        return params
+    like = {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        for path, x in flatten(params).items()
+        if not lora.is_low_rank(path)  # which the other one doesn't have
+    }
+    if missing := sorted(like.keys() - found.paths):
+        raise ConfigError(f"config.sample.expert={config.sample.expert}: no array {missing[0]} in it")
+    other, boundary = nest(found.load(like)), config.sample.boundary
+    if config.objective.time_range[1] <= boundary:
+        return generators.Experts(high=other, low=params, boundary=boundary)
+    return generators.Experts(high=params, low=other, boundary=boundary)
 
 
 def _imported(config: ConfigDict, directory: str, places: Any) -> Any:

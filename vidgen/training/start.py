@@ -35,13 +35,19 @@ class Start:
 
     Attributes:
       where: the directory.
-      paths: of the parameters that they have; the rest, a text encoder of bytes at most, starts from nothing.
+      dtypes: {path: dtype on disk} of the parameters that they have; the rest, a text encoder of bytes at most, starts
+        from nothing.
     """
 
     where: str
-    paths: frozenset[str]
+    dtypes: Mapping[str, str]
     _digest: Callable[[], str]
     _load: Callable[[dict[str, Any]], dict[str, Any]]
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """Of the parameters that they have."""
+        return frozenset(self.dtypes)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -51,11 +57,11 @@ class Start:
         return self._digest()
 
     def load(self, like: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """{path: array f32} of all of them, straight into the shardings of `like`, {path: ShapeDtypeStruct}.
+        """{path: array} of all of them, straight into the shardings and dtypes of `like`, {path: ShapeDtypeStruct}.
 
         What of `like` they don't have is left out.
         """
-        found = self._load(weights.nest({path: x for path, x in like.items() if path in self.paths}))
+        found = self._load(weights.nest({path: x for path, x in like.items() if path in self.dtypes}))
         return weights.flatten(found)
 
 
@@ -87,6 +93,8 @@ def find(config: ConfigDict, generator: Generator) -> Start | None:
     where = config.model.weights
     if not where:
         return None
+    if not os.path.exists(where):
+        raise ConfigError(f"config.model.weights={where}: no such directory; expected one of vidgen import, or a run's")
     if os.path.isdir(os.path.join(where, "checkpoints")):
         return _of_run(config, generator, where)
     where = stream.find(where, KIND)
@@ -96,9 +104,10 @@ def find(config: ConfigDict, generator: Generator) -> Start | None:
     except ConfigError as e:
         raise ConfigError(f"{os.path.join(where, weights.JSON)}: {e}") from None
     _same(architecture_of(config, generator), theirs, where)
-    found = {path: stored.shape for path, stored in weights.headers(where).items()}
-    paths = _fitting(found, config, generator, where)
-    return Start(where, paths, lambda: weights.digest_of(where), lambda like: stream.load_onto(where, like))
+    stored = weights.headers(where)
+    _check_fitting({path: x.shape for path, x in stored.items()}, config, generator, where)
+    dtypes = {path: x.dtype for path, x in stored.items()}
+    return Start(where, dtypes, lambda: weights.digest_of(where), lambda like: stream.load_onto(where, like))
 
 
 def _of_run(config: ConfigDict, generator: Generator, workdir: str) -> Start:
@@ -108,7 +117,8 @@ def _of_run(config: ConfigDict, generator: Generator, workdir: str) -> Start:
     own = generators.from_config(theirs)
     _same(architecture_of(config, generator), architecture_of(theirs, own), workdir)
     like = jax.eval_shape(lambda: own.init(jax.random.key(0), generators.example(theirs)))
-    paths = _fitting({p: x.shape for p, x in weights.flatten(like).items()}, config, generator, workdir)
+    found = weights.flatten(like)
+    _check_fitting({path: x.shape for path, x in found.items()}, config, generator, workdir)
     step, facts = _newest(workdir)
     about = json.dumps([configs.to_json(theirs), step, facts], sort_keys=True)
 
@@ -119,7 +129,8 @@ def _of_run(config: ConfigDict, generator: Generator, workdir: str) -> Start:
         finally:
             checkpoints.close()
 
-    return Start(workdir, paths, lambda: hashlib.sha256(about.encode()).hexdigest()[:16], load)
+    digest = hashlib.sha256(about.encode()).hexdigest()[:16]
+    return Start(workdir, dict.fromkeys(found, "float32"), lambda: digest, load)
 
 
 def _newest(workdir: str) -> tuple[int, dict[str, Any]]:
@@ -141,10 +152,8 @@ def _same(ours: Architecture, theirs: Architecture, where: str) -> None:
         )
 
 
-def _fitting(
-    found: Mapping[str, tuple[int, ...]], config: ConfigDict, generator: Generator, where: str
-) -> frozenset[str]:
-    """The paths of what was found, all of which the denoiser has; ConfigError otherwise."""
+def _check_fitting(found: Mapping[str, tuple[int, ...]], config: ConfigDict, generator: Generator, where: str) -> None:
+    """Raises ConfigError unless what was found, {path: shape}, is the denoiser's."""
     like = jax.eval_shape(lambda: generator.init(jax.random.key(0), generators.example(config)))
     wanted = {path: tuple(x.shape) for path, x in weights.flatten(like).items()}
     if odd := sorted(found.keys() - wanted.keys()):
@@ -155,7 +164,6 @@ def _fitting(
     for path, shape in found.items():
         if tuple(shape) != wanted[path]:
             raise ConfigError(f"{where}: {path} has shape {list(shape)}; expected {list(wanted[path])} by the config")
-    return frozenset(found)
 
 
 def averaged(config: ConfigDict, generator: Generator, checkpoints: Checkpoints, step: int, places: Any) -> Any:
