@@ -28,7 +28,7 @@ from vidgen.parallel import processes
 from vidgen.studio import media
 from vidgen.tokenizers import chunked
 from vidgen.tokenizers.vae import CausalVAE
-from vidgen.training.autoencoding import shapes
+from vidgen.training.autoencoding import shapes, stride
 from vidgen.training.course import Course, Introduction
 from vidgen.training.metrics import MetricWriter, si
 from vidgen.training.program import Program
@@ -51,7 +51,7 @@ def course(program: Program) -> Course:
     """Raises ConfigError for clips that can't be found or are too small."""
     config, mesh = program.config, program.mesh
     source = open_source(config.data, "train")
-    plan = Chunks(source.sizes, config.clips, shapes(config), program.task.model.config.stride, config.seed)
+    plan = Chunks(source.sizes, config.clips, shapes(config), stride(config), config.seed)
     return Course(
         source=source,
         tokenizer="",
@@ -113,8 +113,10 @@ def heldout(program: Program) -> Any:
     config, mesh = program.config, program.mesh
     source = open_source(config.data, "heldout")
     try:
-        stride, seed = program.task.model.config.stride, config.seed + 1
-        plans = [Chunks(source.sizes, configured(config, shape), [shape], stride, seed) for shape in shapes(config)]
+        plans = [
+            Chunks(source.sizes, configured(config, shape), [shape], stride(config), config.seed + 1)
+            for shape in shapes(config)
+        ]
     except ConfigError as e:
         raise ConfigError(f"config.train.eval_every={config.train.eval_every}, on held-out clips: {e}") from None
     vae, c = program.task.model, config.reconstruction

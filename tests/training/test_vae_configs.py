@@ -19,7 +19,7 @@ FOLDER = pathlib.Path(__file__).parents[2] / "configs"
     ("name", "stride", "millions"),
     [
         ("vae_moving_shapes.py", (4, 8, 8), 1.53),
-        ("vae_real_clips.py", (4, 8, 8), 1.53),
+        ("vae_real_clips.py", (4, 8, 8), 2.68),
         ("vae_wan.py", (4, 8, 8), 126.9),
         ("vae_wan.py:2.1,81x480x832", (4, 8, 8), 126.9),
         ("vae_wan.py:2.2", (4, 16, 16), 704.7),

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from vidgen.config import ConfigError
 from vidgen.data import chunks
 from vidgen.data.chunks import Shape
+from vidgen.geometry import Grid
 from vidgen.models.attention import dtype_of
 from vidgen.objectives import lpips, reconstruction
 from vidgen.parallel.mesh import make_mesh
@@ -36,9 +37,14 @@ def check(config: ConfigDict) -> None:
     reconstruction.check(config.reconstruction, shapes(config))
 
 
+def stride(config: ConfigDict) -> Grid:
+    """Pixels that a latent covers in (t, y, x)."""
+    return vaes.from_config(config.vae).stride
+
+
 def shapes(config: ConfigDict) -> tuple[Shape, ...]:
     """Of the chunks; raises ConfigError."""
-    return chunks.shapes_of(config.clips, vaes.from_config(config.vae).stride)
+    return chunks.shapes_of(config.clips, stride(config))
 
 
 def largest(config: ConfigDict) -> Shape:
