@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.warmup = 100
     c.optimizer.ema = 0.995
 
-    c.train.steps = 6000
+    c.train.steps = 13_000
     c.train.log_every = 50
     c.train.checkpoint_every = 1000
     c.train.eval_every = 1000
