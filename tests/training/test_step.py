@@ -7,6 +7,7 @@ import optax
 import pytest
 from conftest import make_tiny
 
+from vidgen.batch import TokenBatch
 from vidgen.config import ConfigError
 from vidgen.data import feed
 from vidgen.data.packing import Packing
@@ -168,7 +169,8 @@ def quadratic(config, gradients):
     state = states.create({"w": jnp.zeros(2)}, optimizer)
     states_ = [state]
     for g in gradients:
-        batch = type("B", (), {"tokens": jnp.asarray(g)[None, None], "segment": jnp.ones((1, 1), jnp.int32)})
+        one = jnp.ones((1, 1), jnp.int32)
+        batch = TokenBatch(tokens=jnp.asarray(g)[None, None], coords=None, segment=one, level=one)
         states_.append(step(states_[-1], batch)[0])
     return states_
 
