@@ -143,7 +143,7 @@ def load_torch(args):
         loss = torch.nn.functional.mse_loss(out.float(), target)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
 
     def denoise():
         with torch.no_grad(), cast():
@@ -186,7 +186,7 @@ def load_vidgen(args):
     def train():
         nonlocal state
         state, loss = step(state, *given, target)
-        losses.append(float(loss))
+        losses.append(loss.item())
 
     calls = {"train": train, "denoise": lambda: float(denoised(state[0], *given))}
     words = f"jax {jax.__version__}, Python {sys.version.split()[0]}"
