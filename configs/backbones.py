@@ -25,8 +25,8 @@ def get_config(arg: str = "dit") -> ConfigDict:
     return c
 
 
-# Places learned, as published, for clips of 3 x 4 x 4 tokens. After 1,000 steps colours are right, but patches don't yet
-# agree on where the object is: held-out loss 0.137, no clip all right.
+# Places learned, as published, for clips of 3 x 4 x 4 tokens. After 1,000 steps colours are right, but patches don't
+# yet agree on where the object is: held-out loss 0.137, no clip all right.
 UVIT = {
     "backbone": "uvit",
     "layers": 7,
