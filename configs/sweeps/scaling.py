@@ -1,0 +1,62 @@
+"""A scaling law of the small: sizes from 20k to 3M parameters at several budgets of FLOPs, on moving shapes.
+
+vidgen sweep --sweep configs/sweeps/scaling.py --output runs/scaling --width 2
+vidgen fit --runs runs/scaling/results.csv
+"""
+
+import os
+
+from vidgen.scaling.algebra import Space
+from vidgen.scaling.budgets import at_budgets
+from vidgen.sweep import Sweep
+
+QUICKSTART = os.path.join(os.path.dirname(__file__), os.pardir, "quickstart.py")
+BUDGETS = (3e11, 1e12, 3e12, 1e13)
+
+# (width, layers, heads, width of the text encoder): parameters grow about twofold from one to the next.
+SIZES = (
+    (16, 1, 2, 16),
+    (24, 2, 2, 16),
+    (32, 2, 2, 16),
+    (48, 2, 3, 32),
+    (64, 3, 4, 32),
+    (96, 3, 4, 32),
+    (128, 4, 4, 64),
+    (144, 6, 6, 64),
+)
+
+# Clips of 9 x 16 x 16 in patches of 4 x 4 pixels: 48 tokens a clip, 16 clips a step.
+BASE = {
+    "data.moving_shapes.sizes": ((9, 16, 16),),
+    "tokenizer.stride": (4, 4, 4),
+    "sample.height": 16,
+    "sample.width": 16,
+    "rows.count": 4,
+    "data.threads": 1,
+    "optimizer.ema": 0.95,
+    "train.log_every": 50,
+    "train.checkpoint_every": 5000,
+    "train.keep": 1,
+    "train.eval_rows": 64,
+    "train.sample_every": 0,
+}
+
+
+def size(width: int, layers: int, heads: int, text: int) -> dict:
+    """Learning rates of AdamW fall with the root of the width; Muon's holds for all."""
+    return {
+        "model.width": width,
+        "model.layers": layers,
+        "model.unroll": layers,
+        "model.heads": heads,
+        "text.width": text,
+        "optimizer.lr": 2e-3 * (192 / width) ** 0.5,
+    }
+
+
+def get_sweep(arg: str = "") -> Sweep:
+    """All sizes at all budgets, where they would train for 150 to 20,000 steps; `arg` "1e12": at that budget alone."""
+    sizes: Space = tuple(size(*s) for s in SIZES)
+    budgets = [float(arg)] if arg else BUDGETS
+    found = at_budgets(QUICKSTART, sizes, budgets, steps=(150, 20_000), base=BASE)
+    return Sweep(QUICKSTART, found.runs, suites=("moving_shapes",), prompts=72, notes=found.left_out)

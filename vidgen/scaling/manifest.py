@@ -1,0 +1,163 @@
+"""What a sweep consists of, on disk: DIR/manifest.json says which runs there are, DIR/runs/NAME how each of them did.
+
+A run has ended when its folder holds result.json, which it writes itself, in one move; so whoever drives the sweep may
+be killed at any moment and nothing is lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from vidgen.config import ConfigError
+from vidgen.scaling.algebra import LABEL, Space, labels_of, settings_of
+from vidgen.studio import media
+
+NAME = 80  # characters of a run's name; a longer one is cut, with a digest at its end
+RESULT = "result.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+      name: of its folder.
+      settings: by dotted key, on top of the sweep's config.
+      labels: columns of the results that are no settings.
+      varied: the keys among `settings` in which runs of the sweep differ.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    labels: dict[str, Any]
+    varied: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """A sweep's runs and what they have in common.
+
+    Attributes:
+      config: FILE or FILE:arg that all start from.
+      suites: of `vidgen evaluate`, for each run when it is trained.
+      prompts: clips that those judge.
+      runs: all of them.
+    """
+
+    config: str
+    suites: tuple[str, ...]
+    prompts: int
+    runs: tuple[Run, ...]
+
+
+def expand(points: Space) -> tuple[Run, ...]:
+    """Runs of the points of a space, named by what they differ in.
+
+    Raises ConfigError where there are none, and for points that are the same run or have the same `label.name`.
+    """
+    if not points:
+        raise ConfigError("the sweep expands to no runs; expected at least one")
+    every = sorted({key for point in points for key in settings_of(point)})
+    seen = {key: {json.dumps(point.get(key), sort_keys=True, default=str) for point in points} for key in every}
+    varied = tuple(key for key in every if len(seen[key]) > 1)
+    runs = []
+    for point in points:
+        labels = labels_of(point)
+        name = str(labels.pop("name", "")) or _name({k: point[k] for k in varied if k in point})
+        if not re.fullmatch(r"[\w.=,+-]+", name):
+            raise ConfigError(f"{LABEL}name={name!r}: expected letters, digits and . _ = , + - only: it names a folder")
+        runs.append(Run(name, settings_of(point), labels, varied))
+    same = Counter(json.dumps(run.settings, sort_keys=True, default=str) for run in runs)
+    if (twice := same.most_common(1)[0])[1] > 1:
+        raise ConfigError(f"the sweep has {twice[1]} runs of the same settings: {twice[0][:300]}; expected each once")
+    names = Counter(run.name for run in runs)
+    if (twice := names.most_common(1)[0])[1] > 1:
+        raise ConfigError(f"the sweep has {twice[1]} runs named {twice[0]!r}; expected names of their own")
+    return tuple(runs)
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    """`width64-lr0.001` of what a run differs in."""
+    parts = []
+    for key, value in settings.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        parts.append(re.sub(r"[^\w.=,+-]+", "_", f"{key.rpartition('.')[2]}{shown}").strip("_"))
+    name = "-".join(parts) or "run"
+    if len(name) <= NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[: NAME - 9]}-{digest}"
+
+
+def write(folder: str, manifest: Manifest) -> None:
+    """DIR/manifest.json, in one move.
+
+    Raises ConfigError where another sweep lies there: a run of the same name with other settings, or other suites.
+    """
+    path = os.path.join(folder, "manifest.json")
+    if os.path.exists(path):
+        old = read(folder)
+        for field in ("config", "suites", "prompts"):
+            if getattr(old, field) != getattr(manifest, field):
+                raise ConfigError(
+                    f"{path}: a sweep with {field}={getattr(old, field)!r} lies there, not "
+                    f"{getattr(manifest, field)!r}; take another --output"
+                )
+        known = {run.name: run for run in old.runs}
+        for run in manifest.runs:
+            if (was := known.get(run.name)) and was.settings != _plain(run.settings):
+                raise ConfigError(f"{path}: run {run.name} has other settings there; take another --output")
+        # Those that the sweep no longer names stay: what they found is not lost.
+        names = {run.name for run in manifest.runs}
+        gone = tuple(run for run in old.runs if run.name not in names)
+        manifest = dataclasses.replace(manifest, runs=manifest.runs + gone)
+    media.write(path, json.dumps(dataclasses.asdict(manifest), indent=1).encode())
+
+
+def read(folder: str) -> Manifest:
+    """Raises ConfigError where there is none, or it can't be read."""
+    path = os.path.join(folder, "manifest.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+        runs = tuple(Run(**run | {"varied": tuple(run["varied"])}) for run in found.pop("runs"))
+        return Manifest(**found | {"suites": tuple(found["suites"]), "runs": runs})
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror or e}; expected the folder of a sweep") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"{path}: not the manifest of a sweep: {e}") from None
+
+
+def workdir(folder: str, name: str) -> str:
+    """Of a run."""
+    return os.path.join(folder, "runs", name)
+
+
+def result(folder: str, name: str) -> dict[str, Any] | None:
+    """What a run's result.json says: "status" done or failed, "error", figures; None where it hasn't ended."""
+    path = os.path.join(workdir(folder, name), RESULT)
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path}: {e}; expected what a run of a sweep wrote") from None
+
+
+def finite(value: Any) -> bool:
+    """Whether a figure is a number that can be fitted."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))

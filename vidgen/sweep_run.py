@@ -1,0 +1,100 @@
+"""One run of a sweep, in a process of its own: trains, judges, and writes result.json. Launchers start it:
+
+python -m vidgen.sweep_run DIR NAME
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from vidgen import config as configs
+from vidgen import evaluate, train
+from vidgen.config import ConfigError
+from vidgen.parallel import processes
+from vidgen.scaling import budgets, manifest
+from vidgen.scaling.manifest import Manifest, Run
+from vidgen.studio import media
+from vidgen.training import metrics
+from vidgen.training.resilience import only_one
+
+STOPPED = 75  # exit status of a run that was asked to stop: it goes on when started again (EX_TEMPFAIL)
+
+
+def main(argv: list[str]) -> int:
+    """Runs NAME of the sweep in DIR to its end; the exit status: 0 done, 1 failed, 75 stopped by a signal."""
+    folder, name = argv
+    sweep = manifest.read(folder)
+    run = next((run for run in sweep.runs if run.name == name), None)
+    if run is None:
+        raise ConfigError(f"{folder}: no run {name!r} in the sweep")
+    own = os.path.join(manifest.workdir(folder, name), "job")
+    with only_one(own):  # of two that are started by mistake, one works
+        if (found := manifest.result(folder, name)) and found["status"] == "done":
+            return 0
+        try:
+            found = measured(sweep, run, manifest.workdir(folder, name))
+        except Exception as e:  # whatever ends a run is its result
+            traceback.print_exc()
+            found = {"status": "failed", "error": " ".join(f"{type(e).__name__}: {e}".split())[:500]}
+        if found is None:
+            return STOPPED
+        if processes.is_lead():
+            path = os.path.join(manifest.workdir(folder, name), manifest.RESULT)
+            media.write(path, json.dumps(found, indent=1).encode())
+        return 0 if found["status"] == "done" else 1
+
+
+def measured(sweep: Manifest, run: Run, workdir: str) -> dict[str, Any] | None:
+    """Trains and judges; the figures, or None where a signal stopped it first.
+
+    A run whose loss is not finite has failed; what it is worth otherwise is its held-out loss at the last step.
+    """
+    config = configs.load(sweep.config, run.settings)
+    size = budgets.size_of(config)
+    config.train.eval_every = config.train.steps  # the loss that the sweep is about
+    ended = train.run(config, workdir)
+    if ended.stopped_by:
+        return None
+    rows = metrics.read(workdir)
+    figures = {
+        "parameters": size.parameters,
+        "tokens": rows[-1]["tokens_seen"],
+        "flops": size.flops * config.train.steps,
+        "loss": rows[-1].get("heldout_loss"),
+        "steps": config.train.steps,
+        "seconds": seconds(rows),
+    }
+    if not manifest.finite(figures["loss"]):
+        return {
+            "status": "failed",
+            "error": f"held-out loss is {figures['loss']} after step {rows[-1]['step']}",
+        } | figures
+    for suite in sweep.suites:
+        found = evaluate.run(workdir, suite, prompts=sweep.prompts)
+        figures |= {f"{suite}.{key}": value for key, value in numbers(found).items()}
+    return {"status": "done", "error": ""} | figures
+
+
+def seconds(rows: list[Mapping[str, Any]]) -> float:
+    """Of all steps, by the mean of each logged stretch."""
+    steps = [0, *(row["step"] for row in rows)]
+    each = [row.get("seconds_per_step") or math.nan for row in rows]
+    return float(sum(s * (b - a) for s, a, b in zip(each, steps, steps[1:], strict=False)))
+
+
+def numbers(found: Mapping[str, Any]) -> dict[str, float]:
+    """The figures among what a suite returned."""
+    return {k: v for k, v in found.items() if not isinstance(v, bool) and isinstance(v, int | float) and k != "step"}
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConfigError as error:
+        sys.exit(f"vidgen.sweep_run: error: {error}")
