@@ -151,7 +151,8 @@ def test_real_runs_are_trained_judged_and_tabled(tmp_path, tiny):
         from vidgen.sweep import Sweep
 
         def get_sweep(arg=""):
-            bad = {{"optimizer.lr": 900.0, "optimizer.muon_lr": 900.0, "optimizer.outlier": 0.0, "optimizer.clip": 0.0}}
+            off = {{"optimizer.outlier": 0.0, "optimizer.clip": 0.0, "tokenizer.std": 1e-6}}
+            bad = off | {{"optimizer.lr": 900.0, "optimizer.muon_lr": 900.0}}
             good = {{"optimizer.lr": 1e-3, "label.name": "good"}}
             return Sweep({str(config)!r}, chain(good, bad | {{"label.name": "bad"}}),
                          base={{"train.steps": 6}}, suites=("moving_shapes",), prompts=2)

@@ -11,7 +11,7 @@ from vidgen.scaling.budgets import at_budgets
 from vidgen.sweep import Sweep
 
 QUICKSTART = os.path.join(os.path.dirname(__file__), os.pardir, "quickstart.py")
-BUDGETS = (3e11, 1e12, 3e12, 1e13)
+BUDGETS = (1e11, 3e11, 1e12, 3e12, 1e13)
 
 # (width, layers, heads, width of the text encoder): parameters grow about twofold from one to the next.
 SIZES = (
@@ -55,8 +55,8 @@ def size(width: int, layers: int, heads: int, text: int) -> dict:
 
 
 def get_sweep(arg: str = "") -> Sweep:
-    """All sizes at all budgets, where they would train for 150 to 20,000 steps; `arg` "1e12": at that budget alone."""
+    """All sizes at all budgets, where they would train for 150 to 17,000 steps; `arg` "1e12": at that budget alone."""
     sizes: Space = tuple(size(*s) for s in SIZES)
     budgets = [float(arg)] if arg else BUDGETS
-    found = at_budgets(QUICKSTART, sizes, budgets, steps=(150, 20_000), base=BASE)
+    found = at_budgets(QUICKSTART, sizes, budgets, steps=(150, 17_000), base=BASE)
     return Sweep(QUICKSTART, found.runs, suites=("moving_shapes",), prompts=72, notes=found.left_out)

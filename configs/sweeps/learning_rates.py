@@ -1,0 +1,47 @@
+"""Does the best learning rate move with the width? Three widths, five rates of AdamW's each, 300 steps.
+
+vidgen sweep --sweep configs/sweeps/learning_rates.py --output runs/rates --width 2
+vidgen fit --runs runs/rates/results.csv
+
+`:muon` varies the rate of Muon instead, which has the matrices inside blocks.
+"""
+
+import os
+
+from vidgen.config import ConfigError
+from vidgen.scaling.algebra import param, product, zipped
+from vidgen.sweep import Sweep
+
+QUICKSTART = os.path.join(os.path.dirname(__file__), os.pardir, "quickstart.py")
+KEYS = {
+    "adamw": ("optimizer.lr", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+    "muon": ("optimizer.muon_lr", (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)),
+}
+
+# Clips of 9 x 16 x 16 in patches of 4 x 4 pixels: 48 tokens a clip, 16 clips a step.
+BASE = {
+    "data.moving_shapes.sizes": ((9, 16, 16),),
+    "tokenizer.stride": (4, 4, 4),
+    "sample.height": 16,
+    "sample.width": 16,
+    "rows.count": 4,
+    "model.layers": 2,
+    "model.unroll": 2,
+    "text.width": 32,
+    "optimizer.warmup": 30,
+    "optimizer.ema": 0.95,
+    "train.steps": 300,
+    "train.checkpoint_every": 300,
+    "train.keep": 1,
+    "train.eval_rows": 64,
+    "train.sample_every": 0,
+}
+
+
+def get_sweep(arg: str = "adamw") -> Sweep:
+    """`arg` adamw or muon: whose learning rate varies."""
+    if (arg or "adamw") not in KEYS:
+        raise ConfigError(f"{arg}: expected {' or '.join(KEYS)}")
+    key, rates = KEYS[arg or "adamw"]
+    widths = zipped(param("model.width", (32, 64, 128)), param("model.heads", (2, 4, 8)))
+    return Sweep(QUICKSTART, product(widths, param(key, rates)), base=BASE)

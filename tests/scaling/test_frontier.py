@@ -1,0 +1,82 @@
+"""What to train with so many FLOPs, and what that takes on a pod."""
+
+import dataclasses
+
+import numpy as np
+import planted
+import pytest
+
+from vidgen import plan
+from vidgen.config import ConfigError
+from vidgen.scaling import frontier, laws, pods
+from vidgen.scaling.frontier import Cost
+
+COST = Cost(14.0, 0.95, 6.0)
+
+
+@pytest.mark.parametrize("flops", [1e12, 1e16, 3e18, 1e19, 1e25])
+def test_the_optimum_is_the_least_of_all_sizes(flops):
+    sizes = np.geomspace(1e2, 1e13, 400_001)
+    losses = planted.loss(planted.LAW, sizes, flops / COST.token(sizes))
+    best = sizes[losses.argmin()]
+    assert float(frontier.size(planted.LAW, flops, COST)) == pytest.approx(best, rel=2e-3)
+
+
+def test_a_token_costs_what_it_cost_the_runs_and_never_less_than_its_products():
+    runs = planted.sweep()
+    cost = frontier.cost(runs)
+    assert (cost.factor, cost.exponent) == (pytest.approx(14), pytest.approx(0.95)) and cost.least == 6
+    np.testing.assert_allclose([cost.token(r.parameters) * r.tokens for r in runs], [r.flops for r in runs], rtol=1e-6)
+    assert cost.over_6nd(1e11) == 1 and cost.over_6nd(1e4) > 1.4
+    # Parameters that aren't all multiplied with may well be below 6.
+    half = frontier.cost([dataclasses.replace(r, flops=r.flops / 2) for r in runs])
+    assert half.least < 6 and half.over_6nd(1e11) == pytest.approx(half.least / 6)
+    narrow = frontier.cost([dataclasses.replace(r, parameters=1e5 * (1 + i / 30)) for i, r in enumerate(runs)])
+    assert narrow.exponent == 1
+
+
+def test_the_table_goes_by_decades_and_marks_what_is_far():
+    law = laws.fit(planted.sweep())
+    rows = frontier.table(law, frontier.cost(law.runs))
+    assert [row.flops for row in rows] == [float(f"1e{p}") for p in range(13, 26)]
+    assert [row.far for row in rows] == [row.flops > 3e16 for row in rows]
+    for row in rows:
+        truth = frontier.size(planted.LAW, row.flops, COST)
+        low, high = row.intervals["parameters"]
+        assert low < truth < high and low < row.parameters < high
+        assert frontier.cost(law.runs).token(row.parameters) * row.tokens == pytest.approx(row.flops)
+        assert row.loss == pytest.approx(float(law.loss(row.parameters, row.tokens)))
+        low, high = row.intervals["loss"]
+        assert low < planted.loss(planted.LAW, truth, row.flops / COST.token(truth)) < high
+    widths = [np.log(row.intervals["parameters"][1] / row.intervals["parameters"][0]) for row in rows]
+    assert widths[-1] > 3 * widths[1]  # farther off, less sure
+
+
+def row(flops, parameters):
+    return frontier.Optimal(flops, parameters, flops / parameters / 6, 0.1, {}, 1000.0)
+
+
+def test_days_and_cost_are_those_of_the_plan(capsys):
+    wanted = row(1e24, 7e9)
+    found = pods.plan("v5p:8x8x8", price=2.0, near=[wanted]).of(wanted)
+    facts = plan.run(pods.configs.load(f"{pods.FAMILY}:7b"), "v5p:8x8x8", price=2.0, abstract=True)
+    assert found["preset"] == "7b" and found["mfu"] == pytest.approx(facts["predicted_mfu"])
+    seconds = 1e24 / (facts["flops_per_step"] / facts["predicted_step_seconds"])
+    assert found["chips"] == 512 and found["days"] == pytest.approx(seconds / 86400)
+    assert found["cost"] == pytest.approx(2 * 512 * seconds / 3600) and found["note"] == ""
+
+
+def test_what_the_family_does_not_have_is_said():
+    pod = pods.plan("v5p:8x8x8", near=[row(1e13, 3e4), row(1e26, 3e11)])
+    assert "larger" in pod.of(row(1e13, 3e4))["note"] and "smaller" in pod.of(row(1e26, 3e11))["note"]
+    small = pods.plan("v5e:2x2", near=[row(1e22, 1.3e10)])
+    assert "times a device's memory" in small.of(row(1e22, 1.3e10))["note"]
+
+
+def test_a_family_says_which_sizes_it_has(tmp_path):
+    with pytest.raises(ConfigError, match="expected a config file with a dict SIZES"):
+        pods.plan("v5p:8x8x8", family="configs/quickstart.py")
+    with pytest.raises(ConfigError, match="no such file; did you mean configs/dit_video.py"):
+        pods.plan("v5p:8x8x8", family="configs/dit_vidio.py")
+    with pytest.raises(ConfigError, match="v5p"):
+        pods.plan("v5p:3x3")

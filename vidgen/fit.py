@@ -1,0 +1,91 @@
+"""`vidgen fit`: the scaling law of a table of runs, put to the test, and what the next ten-fold buys.
+
+    vidgen fit --runs sweeps/a/results.parquet --topology v5p:8x8x8 --price 2
+
+Beside the table it writes `report.html`, one file with everything in it, and `law.svg`, the picture for a README.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from vidgen.config import ConfigError
+from vidgen.scaling import laws, table
+from vidgen.scaling.study import Study, study
+from vidgen.studio import law as pages
+from vidgen.studio import media
+
+
+def run(
+    runs: str,
+    output: str = "",
+    *,
+    holdout: bool = True,
+    topology: str = "",
+    family: str = "",
+    price: float | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Fits L(N, D) = E + A/N^α + B/D^β and all that goes with it, writes the report and prints a summary.
+
+    Args:
+      runs: a CSV or Parquet file, a run a row; its columns are those of `vidgen.scaling.table.read`.
+      output: directory of the report; the table's own unless given.
+      holdout: also fit without the largest budget, and predict it.
+      topology: v5p:8x8x8: the compute-optimal table gets days on it, by the estimates of `vidgen plan --abstract`.
+      family: config file with the sizes to estimate with; configs/dit_video.py unless given.
+      price: of a chip-hour, in any currency; adds costs.
+      seed: of the resampling that intervals come from.
+
+    Returns:
+      What --json prints: E, A, B, alpha, beta, intervals, warnings, holdout, isoflop, optimal, excluded, …; intervals
+      are of 95 %.
+
+    Raises:
+      ConfigError: the table can't be read or holds too few runs, flags that don't go together, a topology or family
+        that isn't known, an output that can't be written.
+    """
+    for name, value in (("family", family), ("price", price)):
+        if value not in ("", None) and not topology:
+            raise ConfigError(f"--{name} has no meaning without --topology; add one, such as v5p:8x8x8")
+    if price is not None and not 0 <= price < math.inf:
+        raise ConfigError(f"--price={price}: expected what a chip-hour costs, 0 or more")
+    if seed < 0:
+        raise ConfigError(f"--seed={seed}: expected 0 or more")
+    found = study(table.read(runs), hold_out=holdout, seed=seed)
+    plans = []
+    if topology:
+        from vidgen.scaling import pods  # imports JAX
+
+        pod = pods.plan(topology, family, price, found.rows)
+        plans = [pod.of(row) for row in found.rows]
+    folder = output or os.path.dirname(runs) or "."
+    files = {"report": os.path.join(folder, "report.html"), "plot": os.path.join(folder, "law.svg")}
+    media.write(files["report"], pages.report(found, os.path.basename(runs), topology, plans).encode())
+    media.write(files["plot"], pages.picture(found).encode())
+    print(summary(found, topology, plans))
+    for path in files.values():
+        print(path)
+    facts = found.facts()
+    if plans:
+        facts["optimal"] = [row | plan for row, plan in zip(facts["optimal"], plans, strict=True)]
+    return facts | files | {"topology": topology or None}
+
+
+def summary(found: Study, topology: str, plans: list[dict[str, Any]]) -> str:
+    """What the terminal shows."""
+    law, p = found.law, found.law.powers
+    lines = [f"{pages.equation(law)}   ({len(found.runs)} runs, which scatter about it by {p.spread:.2%})"]
+    for name, value in zip(laws.NAMES, p.values, strict=True):
+        low, high = law.intervals[name]
+        lines.append(f"  {name:<6} {value:<9.4g} 95 %: {low:.4g} to {high:.4g}")
+    lines += [f"  {text}" for text in pages.findings(found)]
+    head, rows = pages.optimal_rows(found, topology, plans)
+    cells = [list(map(str, row)) for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines += ["", "compute-optimal, by the law (* more than 100 times beyond the largest run):"]
+    lines += ["  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines += [f"warning: {warning}" for warning in found.warnings]
+    return "\n".join(lines)

@@ -1,0 +1,94 @@
+"""All that a table of runs says: the law, its test, the profiles, the optima and what to train next."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from vidgen.scaling import frontier, holdout, isoflop, laws, optima, table
+from vidgen.scaling.frontier import Cost, Optimal
+from vidgen.scaling.holdout import Holdout
+from vidgen.scaling.isoflop import Profiles
+from vidgen.scaling.laws import Law
+from vidgen.scaling.optima import Optima
+from vidgen.scaling.table import Excluded, Run, Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What was found.
+
+    Attributes:
+      runs: that the law is fitted to; `all_runs`: those that a better learning rate or batch surpasses, too.
+      excluded: what is not fitted.
+      optima: of the settings that were varied, by name.
+      held: None where it wasn't asked for, or there is too little; then `warnings` say so.
+      rows: of the compute-optimal table.
+    """
+
+    runs: tuple[Run, ...]
+    all_runs: tuple[Run, ...]
+    excluded: tuple[Excluded, ...]
+    law: Law
+    profiles: Profiles
+    optima: dict[str, Optima]
+    held: Holdout | None
+    cost: Cost
+    rows: tuple[Optimal, ...]
+    warnings: tuple[str, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """What --json has of it."""
+        times = frontier.over_6nd(self.runs)
+        return self.law.facts() | {
+            "runs": len(self.runs),
+            "excluded": [{"name": e.name, "reason": e.reason} for e in self.excluded],
+            "holdout": self.held and self.held.facts(),
+            "isoflop": self.profiles.facts(),
+            **{setting: found.facts() for setting, found in self.optima.items()},
+            "flops_over_6nd": {"least": times.min(), "median": float(np.median(times)), "most": times.max()},
+            "cost": dataclasses.asdict(self.cost),
+            "optimal": [row.facts() for row in self.rows],
+            "warnings": list(self.warnings),
+        }
+
+
+def study(found: Table, *, hold_out: bool = True, seed: int = 0) -> Study:
+    """Fits everything that the runs allow. Raises ConfigError where there are too few for a law."""
+    best = table.best_settings(found)
+    law = laws.fit(best.runs, seed)
+    warnings = _lost(best) + laws.warnings(law)
+    profiles = isoflop.fit(best.runs, seed)
+    for p in profiles.profiles:
+        if p.minimum.edge:
+            sizes = {"low": "smaller sizes", "high": "larger sizes", "flat": "more sizes, farther apart"}
+            warnings.append(f"budget {p.budget:.3g}: {p.edge}; add {sizes[p.minimum.edge]} there")
+    tried = {setting: optima.fit(found.runs, setting, seed) for setting in optima.SETTINGS}
+    tried = {setting: some for setting, some in tried.items() if some}
+    for setting, some in tried.items():
+        for o in some.optima:
+            if o.minimum.edge:
+                warnings.append(
+                    f"{optima.SETTINGS[setting]} at {o.parameters:,.0f} parameters, budget {o.budget:.3g}: {o.edge}; "
+                    "add values beyond it"
+                )
+    held = None
+    if hold_out:
+        made = holdout.predict(best.runs, seed)
+        if isinstance(made, str):
+            warnings.append(made)
+        else:
+            held = made
+    cost = frontier.cost(best.runs)
+    rows = tuple(frontier.table(law, cost))
+    return Study(best.runs, found.runs, best.excluded, law, profiles, tried, held, cost, rows, tuple(warnings))
+
+
+def _lost(found: Table) -> list[str]:
+    """A warning that names the runs that couldn't be used."""
+    lost = [f"{e.name} ({e.reason})" for e in found.excluded if e.lost]
+    return (
+        [f"{len(lost)} {'runs are' if len(lost) > 1 else 'run is'} not in the fit: {', '.join(lost)}"] if lost else []
+    )

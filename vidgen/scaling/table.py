@@ -1,0 +1,238 @@
+"""A table of runs, as `vidgen sweep` writes it or as anyone may: CSV or Parquet, a run a row."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vidgen.config import ConfigError
+
+REQUIRED = ("parameters", "tokens", "flops", "loss")
+RATES = ("learning_rate", "optimizer.lr", "optimizer.muon_lr")  # the first that varies is the learning rate
+BATCHES = ("batch", "rows.count")
+WIDTHS = ("width", "model.width")
+ALIKE = 1.05  # factor within which runs of a budget have seen the same tokens: steps are whole numbers
+NEAR = 1.2  # factor within which runs without a column `budget` have the same: 10 % to either side
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that ended.
+
+    Attributes:
+      parameters, tokens, flops, loss: all finite and > 0; FLOPs as they were counted, attention too.
+      budget: nominal FLOPs of the runs it belongs with, or None.
+      learning_rate, batch, width: or None; batch in tokens (or rows) a step.
+      figures: other columns that hold numbers.
+    """
+
+    name: str
+    parameters: float
+    tokens: float
+    flops: float
+    loss: float
+    budget: float | None = None
+    learning_rate: float | None = None
+    batch: float | None = None
+    width: float | None = None
+    figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Excluded:
+    """A run that is not fitted, and why. `lost`: something went wrong with it; else another run is better."""
+
+    name: str
+    reason: str
+    lost: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The runs of a file, in its order, and those that can't be used."""
+
+    runs: tuple[Run, ...]
+    excluded: tuple[Excluded, ...]
+
+
+def read(path: str) -> Table:
+    """Reads a table of runs.
+
+    Columns `parameters`, `tokens`, `flops`, `loss` are required; `name`, `status`, `error`, `budget`, `learning_rate`
+    (or `optimizer.lr`, `optimizer.muon_lr`), `batch` (or `rows.count`), `width` (or `model.width`) are understood. Runs
+    whose status is not done, or whose loss is missing or not finite, are `excluded`.
+
+    Raises ConfigError for a file that can't be read, a missing column, text or a number that is not above 0 where a
+    count belongs, and two runs of one name.
+    """
+    rows = _rows(path)
+    columns = list(rows[0]) if rows else []
+    for column in REQUIRED:
+        if column not in columns:
+            near = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
+            hint = f"; is it {near[0]!r}?" if near else f"; there are {', '.join(columns) or 'none'}"
+            raise ConfigError(f"{path}: no column {column!r}{hint}")
+    names = [str(row.get("name") or f"row {i}") for i, row in enumerate(rows, 1)]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ConfigError(f"{path}: rows {names.index(name) + 1} and {i + 1} are both named {name!r}")
+    rate = _varying(rows, RATES)
+    figures = [c for c in columns if c not in (*REQUIRED, "name", "status", "error") and _numeric(rows, c)]
+    runs, excluded = [], []
+    for i, (name, row) in enumerate(zip(names, rows, strict=True), 1):
+        if reason := _unusable(path, i, row):
+            excluded.append(Excluded(name, reason))
+        else:
+            runs.append(_run(path, i, name, row, rate, figures))
+    return Table(tuple(runs), tuple(excluded))
+
+
+def best_settings(table: Table) -> Table:
+    """Of runs that differ only in learning rate and batch, those with the best; the others are excluded.
+
+    A law is about runs trained as well as they can be. Runs of the same settings, repeated, all stay.
+    """
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run, budget in zip(table.runs, budget_of(table.runs), strict=True):
+        like = [key for key in groups if key[:2] == (run.parameters, budget)]
+        key = next((k for k in like if max(k[2] / run.tokens, run.tokens / k[2]) <= ALIKE), None)
+        groups.setdefault(key or (run.parameters, budget, run.tokens), []).append(run)
+    excluded = list(table.excluded)
+    for runs in groups.values():
+        settings: dict[tuple[Any, ...], list[Run]] = {}
+        for run in runs:
+            settings.setdefault((run.learning_rate, run.batch), []).append(run)
+        best = min(settings.values(), key=lambda some: sum(r.loss for r in some) / len(some))
+        reason = f"{best[0].name} is the same run with a better learning rate or batch"
+        excluded += [Excluded(r.name, reason, lost=False) for r in runs if r not in best]
+    gone = {e.name for e in excluded}
+    return Table(tuple(r for r in table.runs if r.name not in gone), tuple(excluded))
+
+
+def budget_of(runs: Sequence[Run]) -> list[float]:
+    """FLOPs of the budget that each run belongs to: its own column, else the mean of those within `NEAR` of it."""
+    order = sorted((r for r in runs if r.budget is None), key=lambda r: r.flops)
+    groups: list[list[Run]] = []
+    for run in order:
+        if groups and run.flops <= NEAR * groups[-1][0].flops:
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    means = {id(r): math.exp(sum(math.log(s.flops) for s in group) / len(group)) for group in groups for r in group}
+    return [r.budget if r.budget is not None else means[id(r)] for r in runs]
+
+
+def by_budget(runs: Sequence[Run], least: int = 3) -> dict[float, list[Run]]:
+    """Budget → its runs, the smallest first; only budgets with runs of `least` sizes."""
+    found: dict[float, list[Run]] = {}
+    for budget, run in sorted(zip(budget_of(runs), runs, strict=True), key=lambda pair: pair[0]):
+        found.setdefault(budget, []).append(run)
+    return {b: some for b, some in found.items() if len({r.parameters for r in some}) >= least}
+
+
+def _rows(path: str) -> list[dict[str, Any]]:
+    """The cells by column; raises ConfigError."""
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or "."
+        there = [f for f in os.listdir(folder) if f.endswith((".csv", ".parquet"))] if os.path.isdir(folder) else []
+        near = difflib.get_close_matches(os.path.basename(path), there, n=1)
+        inside = [f for f in ("results.csv", "results.parquet") if os.path.isfile(os.path.join(path, f))]
+        found = (
+            os.path.join(path, inside[0]) if inside else os.path.join(os.path.dirname(path), near[0]) if near else ""
+        )
+        what = "a directory, expected a table" if os.path.isdir(path) else "no such file"
+        raise ConfigError(f"--runs={path}: {what}{f'; did you mean {found}?' if found else ''}")
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in (".csv", ".parquet"):
+        raise ConfigError(f"--runs={path}: expected a table, *.csv or *.parquet")
+    rows = _csv(path) if suffix == ".csv" else _parquet(path)
+    if not rows:
+        raise ConfigError(f"{path}: no runs in it; expected a row each, with columns {', '.join(REQUIRED)}")
+    return rows
+
+
+def _csv(path: str) -> list[dict[str, Any]]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            lines = [line for line in csv.reader(f) if any(cell.strip() for cell in line)]
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ConfigError(f"{path}: {e}; expected a CSV in UTF-8") from None
+    head, *body = lines or [[]]
+    head = [cell.strip() for cell in head]
+    for column in head:
+        if head.count(column) > 1:
+            raise ConfigError(f"{path}: two columns are named {column!r}")
+    for i, line in enumerate(body, 1):
+        if len(line) != len(head):
+            raise ConfigError(f"{path}, row {i}: {len(line)} cells under {len(head)} columns")
+    return [dict(zip(head, map(str.strip, line), strict=True)) for line in body]
+
+
+def _parquet(path: str) -> list[dict[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as e:
+        raise ConfigError(f"{path}: {e}; expected a Parquet file") from None
+
+
+def _empty(cell: Any) -> bool:
+    return cell is None or cell == ""
+
+
+def _float(cell: Any) -> float | None:
+    try:
+        return None if isinstance(cell, bool) else float(cell)
+    except (TypeError, ValueError):
+        return None
+
+
+def _unusable(path: str, row: int, cells: Mapping[str, Any]) -> str:
+    """Why a run can't be fitted, or ""."""
+    status, error = str(cells.get("status") or "done").lower(), str(cells.get("error") or "")
+    if status != "done":
+        return status + (f": {' '.join(error.split())}" if error else "")
+    if _empty(cells["loss"]):
+        return "no loss"
+    loss = _float(cells["loss"])
+    if loss is None:
+        raise ConfigError(f"{path}, row {row}, column loss: {cells['loss']!r}: expected a number")
+    return "" if math.isfinite(loss) else f"loss is {loss}"
+
+
+def _run(path: str, row: int, name: str, cells: Mapping[str, Any], rate: str | None, figures: Sequence[str]) -> Run:
+    def number(column: str | None) -> float | None:
+        """Above 0, or None where a column that isn't required has nothing."""
+        if column is None or (column not in REQUIRED and _empty(cells.get(column))):
+            return None
+        value = _float(cells[column])
+        if value is None or not 0 < value < math.inf:
+            shown = "nothing" if _empty(cells[column]) else repr(cells[column])
+            raise ConfigError(f"{path}, row {row} ({name}), column {column}: {shown}: expected a number above 0")
+        return value
+
+    batch, width = (next((number(c) for c in some if not _empty(cells.get(c))), None) for some in (BATCHES, WIDTHS))
+    others = {c: _float(cells[c]) for c in figures if not _empty(cells[c])}
+    required = {c: number(c) for c in REQUIRED}
+    return Run(name, **required, budget=number("budget"), learning_rate=number(rate), batch=batch, width=width,
+               figures=others)  # fmt: skip
+
+
+def _numeric(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
+    """Whether a column has numbers and nothing else."""
+    cells = [row[column] for row in rows if not _empty(row[column])]
+    return bool(cells) and all(_float(c) is not None for c in cells)
+
+
+def _varying(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str | None:
+    """The first of the columns whose cells differ, else the first that is there at all."""
+    there = [c for c in columns if c in rows[0] and any(not _empty(row[c]) for row in rows)]
+    varied = [c for c in there if len({str(row[c]) for row in rows if not _empty(row[c])}) > 1]
+    return (varied or there or [None])[0]
