@@ -7,10 +7,10 @@ meet at a coordinator, each feeds its own devices and each writes its part of th
 For trying out a mesh before a pod is rented, and for tests: it is no faster than one process. What the mesh is, the
 config says: --config.mesh.fsdp=2, say.
 
-Process 0 speaks on the terminal; each process has its log in WORKDIR/logs/rank-N.log. Ctrl-C and SIGTERM are passed on
-to all; one that gets SIGTERM alone tells the others, so that all save after the same step. When one process fails, the
-others are ended, and the end of its log is shown. The exit status is that of process 0, or of the one that failed
-first. A first argument that ends with .py is a script to run instead of vidgen.
+Process 0 speaks on the terminal; each process has its log in WORKDIR/logs/rank-N.log. Ctrl-C, SIGTERM and SIGUSR1 are
+passed on to all; one that gets SIGTERM alone tells the others, so that all save after the same step. When one process
+fails, the others are ended, and the end of its log is shown. The exit status is that of process 0, or of the one that
+failed first. A first argument that ends with .py is a script to run instead of vidgen.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import os
 import pathlib
 import queue
+import shlex
 import signal
 import socket
 import subprocess
@@ -29,7 +30,8 @@ from typing import BinaryIO
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GRACE = 2.0  # seconds that those who are left have to end by themselves when one has failed
-STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM}  # exit status of a run that was asked to stop, and has saved
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # that are passed on
+STOPPED = {128 + number for number in SIGNALS}  # exit status of a run that was asked to stop, and has saved
 TAIL = 15  # lines of the log of a process that failed
 
 
@@ -37,6 +39,8 @@ def main() -> int:
     """Parses the command line and runs it; the exit status."""
     options, command = parse(sys.argv[1:])
     logs = pathlib.Path(options.logs)
+    if options.dry_run:
+        return show(command, options.processes, options.devices, logs)
     try:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -49,7 +53,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     description, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="local.py",
-        usage="python launch/local.py [--processes N] [--devices D] [--logs DIR] -- VERB …",
+        usage="python launch/local.py [--processes N] [--devices D] [--logs DIR] [--dry_run] -- VERB …",
         description=description,
         epilog=more,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,6 +61,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="how many, 2 unless given")
     parser.add_argument("--devices", type=int, default=1, metavar="D", help="CPU devices of each, 1 unless given")
     parser.add_argument("--logs", metavar="DIR", help="where rank-N.log are written; WORKDIR/logs unless given")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be run, a line a process, and end")
     own, found, command = (
         (argv, "", []) if "--" not in argv else (argv[: argv.index("--")], "--", argv[argv.index("--") + 1 :])
     )
@@ -85,7 +90,6 @@ def workdir_of(command: list[str]) -> str | None:
 
 def run(command: list[str], count: int, devices: int, logs: pathlib.Path) -> int:
     """Runs `count` processes to their end; the exit status."""
-    what = command if command[0].endswith(".py") else ["-m", "vidgen.cli", *command]
     port = free_port()
     ranks: list[subprocess.Popen] = []
     before: list[int] = []  # bytes in each log, of earlier runs
@@ -99,7 +103,7 @@ def run(command: list[str], count: int, devices: int, logs: pathlib.Path) -> int
             if process.poll() is None:
                 process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, pass_on)
     for rank in range(count):
         log = open(logs / f"rank-{rank}.log", "ab", buffering=0)  # noqa: SIM115 - open to the end
@@ -107,8 +111,8 @@ def run(command: list[str], count: int, devices: int, logs: pathlib.Path) -> int
         pipe = subprocess.PIPE if rank == 0 else log
         # A session of its own, so that a Ctrl-C on the terminal comes once, through this process.
         process = subprocess.Popen(
-            [sys.executable, *what],
-            env=environment(rank, count, devices, port),
+            program(command),
+            env=os.environ | environment(rank, count, devices, port),
             stdin=subprocess.DEVNULL,
             stdout=pipe,
             stderr=pipe if rank == 0 else subprocess.STDOUT,
@@ -144,10 +148,26 @@ def run(command: list[str], count: int, devices: int, logs: pathlib.Path) -> int
     return 128 - status if status < 0 else status
 
 
+def show(command: list[str], count: int, devices: int, logs: pathlib.Path) -> int:
+    """Prints what `run` would run; the exit status. The port is one that is free now."""
+    port = free_port()
+    for rank in range(count):
+        told = [f"{name}={shlex.quote(value)}" for name, value in environment(rank, count, devices, port).items()]
+        log = shlex.quote(str(logs / f"rank-{rank}.log"))
+        print(*told, shlex.join(program(command)), ">>" + log, "2>&1 &")
+    print("wait")
+    return 0
+
+
+def program(command: list[str]) -> list[str]:
+    """A verb of vidgen, or a script, as it is run."""
+    return [sys.executable, *(command if command[0].endswith(".py") else ["-m", "vidgen.cli", *command])]
+
+
 def environment(rank: int, count: int, devices: int, port: int) -> dict[str, str]:
-    """What a process finds: who it is, where the others are, how many devices it has."""
+    """What a process finds besides: who it is, where the others are, how many devices it has."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return os.environ | {
+    return {
         "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
         "JAX_PLATFORMS": "cpu",

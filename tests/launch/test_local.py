@@ -86,11 +86,12 @@ def test_when_one_fails_the_others_are_ended_and_its_last_words_shown(script, tm
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_reaches_all_and_what_they_make_of_it_is_the_status(number, script, tmp_path):
     waits = script(
         "def stop(number, frame):\n    print('saved', rank)\n    sys.exit(128 + number)\n"
-        "signal.signal(signal.SIGTERM, stop)\nsignal.signal(signal.SIGINT, stop)\nprint('ready')\ntime.sleep(60)"
+        "for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):\n    signal.signal(n, stop)\n"
+        "print('ready')\ntime.sleep(60)"
     )
     process = start("--processes=3", "--logs", tmp_path, "--", waits)
     logs = [tmp_path / f"rank-{rank}.log" for rank in range(3)]
@@ -137,3 +138,13 @@ def test_help_teaches():
     assert status == 0
     for words in ("python launch/local.py --processes 2 --devices 2 -- train --config", "--devices", "rank-N.log"):
         assert words in out
+
+
+def test_a_dry_run_prints_what_a_shell_can_run_as_it_is(script, tmp_path):
+    say = script("print(rank, os.environ['JAX_NUM_CPU_DEVICES'], *sys.argv[1:])")
+    logs = tmp_path / "the logs"
+    status, out, err = run("--devices=3", "--logs", logs, "--dry_run", "--", say, "a b")
+    assert (status, err) == (0, "") and len(out.splitlines()) == 3 and not logs.exists()
+    logs.mkdir()
+    subprocess.run(["bash", "-c", out], check=True, timeout=60)
+    assert [(logs / f"rank-{rank}.log").read_text() for rank in range(2)] == ["0 3 a b\n", "1 3 a b\n"]

@@ -12,9 +12,14 @@ from types import FrameType
 
 from vidgen.config import ConfigError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the loop asks for; the second one ends the program.
+    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a flag that the loop asks for; the second one ends the program.
+
+    All three ask to save and end. The exit status, 128 + the signal, says which one it was: a cluster sends SIGUSR1
+    before the time is up, and what started the run then starts it again (launch/slurm.sh).
 
     Used as a context; outside the main thread, where Python allows no handlers (a notebook's worker), it does nothing.
     """
@@ -47,7 +52,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

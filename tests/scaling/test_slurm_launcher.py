@@ -1,0 +1,108 @@
+"""Runs of a sweep as jobs of a real Slurm, through submitit."""
+
+import os
+import pathlib
+import sys
+
+import pytest
+
+pytest.importorskip("submitit", reason="the extra [slurm]")
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "launch"))
+from slurm_cluster import slurm  # noqa: E402, F401 - the fixture
+
+from vidgen.config import ConfigError  # noqa: E402
+from vidgen.scaling import slurm as launcher  # noqa: E402
+
+WAITS = """\
+import pathlib, signal, sys, time
+there = pathlib.Path('attempts')
+there.write_text(there.read_text() + 'x' if there.exists() else 'x')
+def stop(number, frame):
+    print('saved', number, flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGUSR1, stop)
+print('ready', flush=True)
+if there.read_text() == 'x':
+    time.sleep(60)
+print('done', flush=True)
+"""
+
+
+@pytest.fixture
+def jobs(slurm, monkeypatch, tmp_path):  # noqa: F811
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    monkeypatch.chdir(tmp_path)
+    return launcher.Slurm({"time": 30, "cpus_per_task": 1, "partition": "all"})
+
+
+def read(path):
+    return path.read_text() if path.exists() else ""
+
+
+def test_jobs_are_started_seen_and_stopped(slurm, jobs, tmp_path):  # noqa: F811
+    says = jobs.start("says", [sys.executable, "-c", "print('hello'); import sys; sys.exit('and bye')"], "runs/says")
+    waits = jobs.start("waits", [sys.executable, "-c", WAITS], "runs/waits")
+    log = tmp_path / "runs/waits/log.txt"
+    slurm.wait(lambda: "ready" in read(log), 40, lambda: slurm("squeue"))
+    held = launcher.Slurm({"time": 30, "additional_parameters": {"begin": "now+1hour"}}).start(
+        "held", ["true"], "runs/held"
+    )
+    slurm.wait(lambda: says not in jobs.alive([says]), 40, lambda: slurm("squeue"))
+    assert jobs.alive([says, waits, held, "4711"]) == {waits, held}
+    assert read(tmp_path / "runs/says/log.txt").splitlines() == ["hello", "and bye"]
+    assert slurm.fact(says, "JobState") == "FAILED" and slurm.fact(waits, "JobName") == "waits"
+    for handle in (waits, held, says):
+        jobs.stop(handle)
+    slurm.wait(lambda: not jobs.alive([waits, held]), 40, lambda: slurm("squeue"))
+    assert read(log) == "ready\nsaved 15\n"  # asked once
+    assert slurm.fact(held, "JobState") == "CANCELLED"
+
+
+def test_a_job_whose_time_is_up_saves_and_comes_again_under_its_number(slurm, jobs, tmp_path):  # noqa: F811
+    handle = jobs.start("long", [sys.executable, "-c", WAITS], "runs/long")
+    log = tmp_path / "runs/long/log.txt"
+    slurm.wait(lambda: "ready" in read(log), 40, lambda: slurm("squeue"))
+    slurm("scancel", "--signal=USR2", handle)  # as Slurm does, signal_delay_s before the end
+    slurm.wait(lambda: "saved" in read(log), 20, lambda: read(log))
+    while "done" not in read(log):
+        assert jobs.alive([handle]) == {handle}
+    slurm.wait(lambda: not jobs.alive([handle]), 20, lambda: slurm("squeue"))
+    assert read(log) == "ready\nsaved 10\nready\ndone\n"
+    assert slurm.fact(handle, "JobState") == "COMPLETED" and slurm.fact(handle, "Restarts") == "1"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "the sweep's options for Slurm have no time: expected minutes"),
+        ({"time": 5, "gpus_pernode": 2}, "unknown 'gpus_pernode'; did you mean gpus_per_node?"),
+        ({"time": 5, "zzz": 2}, "unknown 'zzz'; known are"),
+    ],
+)
+def test_wrong_options_are_told_before_anything_begins(jobs, options, says):
+    with pytest.raises(ConfigError, match=says):
+        launcher.Slurm(options)
+
+
+def test_what_sbatch_refuses_is_told_in_a_line(jobs):
+    with pytest.raises(ConfigError, match="sbatch refused a: .*invalid partition specified: gpu") as e:
+        launcher.Slurm({"time": 5, "partition": "gpu"}).start("a", ["true"], "runs/a")
+    assert "\n" not in str(e.value)
+
+
+def test_that_slurm_does_not_answer_is_not_taken_for_an_answer(jobs, monkeypatch, tmp_path):
+    monkeypatch.setattr("vidgen.scaling.commands.time.sleep", lambda _: None)
+    (tmp_path / "squeue").write_text(
+        "#!/bin/sh\necho x >>tries\necho 'Unable to contact slurm controller' >&2\nexit 1\n"
+    )
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(ConfigError, match="squeue .* failed: Unable to contact slurm controller"):
+        jobs.alive(["1"])
+    assert (tmp_path / "tries").read_text() == "x\n" * 4
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="squeue is not on PATH: is this a login node"):
+        jobs.alive(["1"])
