@@ -24,6 +24,8 @@ vidgen trains video generation models.
   vidgen import   --format diffusers DIR --output WEIGHTS              weights of other projects in
   vidgen export   WEIGHTS --format diffusers --output DIR              and out
   vidgen plan     --config configs/dit_10b_60k.py --topology v5p:4x8x8  memory, collectives, time and cost of a pod run
+  vidgen sweep    --sweep configs/sweeps/scaling.py --output runs/s     many runs, each once; one table of results
+  vidgen fit      --runs runs/s/results.csv                            the scaling law in them, and what it predicts
 
 `vidgen VERB --help` explains a verb and its flags. Any setting of a config can be given as --config.KEY=VALUE to
 train, encode and plan; vidgen/config.py lists them all. With --json the last line of stdout is one JSON object.

@@ -56,12 +56,12 @@ def _sample(prompt: list[str], prompts_file: str | None, seed: list[int], **rest
     return {"step": result.step, "prompts": result.prompts, "seeds": result.seeds, "files": result.files}
 
 
-def _evaluate(tokenizer: list[str], input: list[str], **rest: Any) -> dict[str, Any]:
+def _evaluate(tokenizer: list[str], input: list[str], size: list[str], **rest: Any) -> dict[str, Any]:
     from vidgen import evaluate
 
-    results = evaluate.run(tokenizers=tokenizer, inputs=input, **rest)
+    results = evaluate.run(tokenizers=tokenizer, inputs=input, sizes=size, **rest)
     print(evaluate.table(results))
-    return {name: value for name, value in results.items() if name not in ("per_prompt", "per_clip")}
+    return evaluate.brief(results)
 
 
 def _report(workdir: str) -> dict[str, Any]:
@@ -105,6 +105,20 @@ def _export(weights: str, **rest: Any) -> dict[str, Any]:
     from vidgen import export_weights
 
     return dataclasses.asdict(export_weights.run(weights, **rest))
+
+
+def _sweep(**rest: Any) -> dict[str, Any]:
+    from vidgen import sweep
+
+    result = sweep.run(**rest)
+    return dataclasses.asdict(result) | {"exit": 1 if result.failed else 0}
+
+
+def _fit(**rest: Any) -> dict[str, Any]:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # as for a plan, whose estimates this may show
+    from vidgen import fit
+
+    return fit.run(**rest)
 
 
 def _plan(
@@ -179,22 +193,38 @@ VERBS = {
     ),
     "evaluate": Verb(
         _evaluate,
-        "Judges the model and writes WORKDIR/evaluation/SUITE.json.",
+        "Judges the model and writes WORKDIR/evaluation/SUITE.json: figures, and a scorecard of all that decides them, "
+        "with the command that makes them again.",
         (
             _WORKDIR,
             Flag(
                 "suite",
                 str,
                 "moving_shapes: unseen prompts, judged by parsing the clips; first_frame: the same, going on from a "
-                "clip's first frame; memorised: PSNR to training clips; "
-                "reconstruction: what a tokenizer loses. What fits the run unless given.",
+                "clip's first frame; memorised: PSNR, SSIM and LPIPS to training clips; heldout: loss by noise level "
+                "and size; fvd: Fréchet video distance to held-out clips; vbench: flicker, smoothness and amount of "
+                "motion, consistency; nearest: whether clips are copies of training clips; reconstruction: what a "
+                "tokenizer loses. Several with commas between. What fits the run unless given.",
                 "",
             ),
-            Flag("prompts", int, "How many clips are judged.", 144),
+            Flag("prompts", int, "How many clips are drawn and judged.", 144),
             Flag("seed", int, "Of prompts and noise.", 0),
+            Flag(
+                "size",
+                [str],
+                "Of heldout: FRAMESxHEIGHTxWIDTH, may be given several times; the run's own unless given.",
+            ),
+            Flag(
+                "features", str, "Of fvd: a file of other I3D weights, .safetensors or a pickle, which is not run.", ""
+            ),
             Flag("tokenizer", [str], "Of reconstruction: one more to compare: weights, a workdir, patch or wavelet."),
             Flag("input", [str], "Of reconstruction: a data set to look at, instead of the run's own held-out clips."),
-            Flag("clips", int, "Of reconstruction: how many clips of each data set.", 64),
+            Flag(
+                "clips",
+                int,
+                "Clips looked at: of each data set in reconstruction, of each size in heldout (64 both), of the "
+                "training set in nearest (4096).",
+            ),
             Flag("fvd", bool, "Of reconstruction: FVD too, seconds a clip on a CPU; --nofvd leaves it out.", True),
             *_DRAWING,
         ),
@@ -253,6 +283,43 @@ VERBS = {
             Flag("merge", bool, "Of a LoRA run: whole weights with its updates in them, and no LoRA file.", False),
         ),
         positional="weights",
+    ),
+    "sweep": Verb(
+        _sweep,
+        "Brings many runs of one config to their end, each once, and writes OUTPUT/results.csv and results.parquet. "
+        "Stopped or killed, the same command goes on: runs that are done are left alone, those that failed are tried "
+        "again.",
+        (
+            Flag(
+                "sweep", str, "Python file with get_sweep(arg) -> vidgen.sweep.Sweep: FILE or FILE:arg.", required=True
+            ),
+            Flag("output", str, "Folder of the sweep; each run has its workdir in OUTPUT/runs/NAME.", required=True),
+            Flag(
+                "launcher", str, "local: processes here; slurm: jobs of a cluster, by submitit; jobset: GKE.", "local"
+            ),
+            Flag("width", int, "Runs at a time; of the launcher local, each has its share of the cores.", 1),
+            Flag("retries", int, "How often a run that fails is tried again.", 1),
+            Flag("dry_run", bool, "Only prints the runs, with their parameters, steps and FLOPs.", False),
+        ),
+    ),
+    "fit": Verb(
+        _fit,
+        "Fits the scaling law L(N, D) = E + A/N^alpha + B/D^beta to a table of runs, predicts the largest from the "
+        "others, and writes OUTPUT/report.html and OUTPUT/law.svg.",
+        (
+            Flag(
+                "runs",
+                str,
+                "CSV or Parquet, a run a row: parameters, tokens, flops, loss; results.parquet of a sweep.",
+                required=True,
+            ),
+            Flag("output", str, "Directory of the report; the table's own unless given.", ""),
+            Flag("holdout", bool, "Also fits without the largest budget and predicts it; --noholdout: no.", True),
+            Flag("topology", str, "v5p:8x8x8: adds days on it, by estimates, to what to train with more compute.", ""),
+            Flag("family", str, "Config file with the SIZES to estimate; configs/dit_video.py unless given.", ""),
+            Flag("price", float, "Of a chip-hour, in any currency."),
+            Flag("seed", int, "Of the resampling that intervals come from.", 0),
+        ),
     ),
     "plan": Verb(
         _plan,

@@ -20,6 +20,20 @@ def test_a_moving_clip_gains_over_its_mean_frame_and_a_still_one_cannot():
     assert figures["psnr_min"] == worse["psnr"] and figures["gain_min"] == worse["gain"] and figures["prompts"] == 2
 
 
+def test_ssim_and_lpips_stand_beside_psnr_where_frames_are_large_enough(monkeypatch):
+    video = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
+    wanted = memorised.Wanted("clip", "noise", video, 8.0)
+    monkeypatch.setattr(quality, "_distances", lambda net, a, b: np.full(len(a), net))
+    same, other = memorised.compare(wanted, video, 0.25), memorised.compare(wanted, 255 - video)
+    assert same["ssim"] == pytest.approx(1, abs=1e-5) and same["lpips"] == 0.25
+    assert other["ssim"] < 0 and other["lpips"] is None
+    figures = memorised.summary([same, other])
+    assert figures["ssim_mean"] == pytest.approx((same["ssim"] + other["ssim"]) / 2) and figures["lpips_mean"] == 0.25
+    small = memorised.Wanted("clip", "noise", video[:, :10, :10], 8.0)
+    assert memorised.compare(small, small.video, 0.25)["ssim"] is None
+    assert memorised.summary([memorised.compare(small, small.video)])["lpips_mean"] is None
+
+
 def test_clips_are_cut_to_whole_tokens():
     class Source:
         sizes = ClipSizes(*(np.array([n] * 3) for n in (7, 20, 18, 8.0, 5)))

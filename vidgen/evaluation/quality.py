@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vidgen.data.scenes import Scene, coverage, times
-from vidgen.objectives.lpips import lpips
+from vidgen.objectives.lpips import LEAST, lpips
 
 CEILING = 100.0  # dB of clips that are equal, so that means over clips stay finite
 WINDOW = 11  # pixels of SSIM's window; smaller frames have no SSIM
@@ -134,3 +137,18 @@ def perceptual_distance(params, original: np.ndarray, other: np.ndarray) -> floa
         distance = _distances(params, *(x[np.minimum(take, frames - 1)] for x in (original, other)))
         total += float(np.asarray(distance, np.float64)[take < frames].sum())
     return total / frames
+
+
+def alike(original: np.ndarray, other: np.ndarray, net: Any = None) -> dict[str, float | None]:
+    """{"ssim", "lpips"} of two u8 clips [T,H,W,3], means over frames; None for frames too small, or without `net`."""
+    small = min(original.shape[1:3])
+    return {
+        "ssim": float(ssim(original, other).mean()) if small >= WINDOW else None,
+        "lpips": perceptual_distance(net, original, other) if net is not None and small >= LEAST else None,
+    }
+
+
+def mean_alike(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Means over what `alike` gave of clips; None where it gave nothing."""
+    known = {name: [row[name] for row in rows if row[name] is not None] for name in ("ssim", "lpips")}
+    return {name: float(np.mean(values)) if values else None for name, values in known.items()}

@@ -28,6 +28,7 @@ PROMPTS_SHOWN = 300
 SETTINGS = (("guidance", "guidance"), ("steps", "solver steps"))  # of prompts.json
 
 JUDGED = ("all_right", "shape", "colour", "motion", "count", "permanence")  # shares of the prompts, best first
+FIGURES = ("heldout_loss", "fvd", "psnr_mean")  # of other suites, shown over time too
 
 
 def run(workdir: str) -> str:
@@ -230,29 +231,46 @@ def _results(judgement: Judgement) -> str:
     others = {
         k.replace("_", " "): len(v) if isinstance(v, list) else v
         for k, v in results.items()
-        if k not in (*JUDGED, "per_prompt", "per_clip", "notes") and not (v is None or isinstance(v, dict))
+        if k not in (*JUDGED, "per_prompt", "per_clip", "notes", "grid") and not (v is None or isinstance(v, dict))
     }
     body = f'<div class="scroll"><table><tbody>{"".join(rows)}</tbody></table></div>' if rows else ""
     if others:
         named = " · ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in others.items())
         body += f'<p class="note" style="margin:14px 0 0">{page.escape(named)}</p>'
+    body += _measured_table(results.get("table"))
+    notes = results.get("notes")
+    if isinstance(notes, list) and notes:
+        body += f'<p class="note">{page.escape("Note: " + "; ".join(map(str, notes)) + ".")}</p>'
     per_prompt = results.get("per_prompt")
     if isinstance(per_prompt, list) and per_prompt and all(isinstance(p, dict) for p in per_prompt):
         head = list(dict.fromkeys(key for p in per_prompt for key in p))
         table = page.table(head, [[p.get(key) for key in head] for p in per_prompt[:PROMPTS_SHOWN]])
         cut = f", the first {PROMPTS_SHOWN}" if len(per_prompt) > PROMPTS_SHOWN else ""
         body += page.details(f"All {len(per_prompt)} prompts{cut}", table)
+    if isinstance(card := results.get("scorecard"), dict):
+        body += page.details("Scorecard: all that decides these figures", page.settings(_leaves(card)))
     return body
 
 
+def _measured_table(found: Any) -> str:
+    """A suite's own table, {"head", "rows"}."""
+    if not isinstance(found, dict) or not found.get("rows"):
+        return ""
+    return page.table(found["head"], found["rows"])
+
+
 def _history(history: Sequence[Judgement]) -> str:
-    keys = [key for key in JUDGED if any(key in j.results for j in history)]
+    keys = [key for key in (*JUDGED, *FIGURES) if any(key in j.results for j in history)]
     if len(history) < 2:
         return ""
+
+    def show(key: str, value: float) -> str:
+        return _percent(value) if key in JUDGED else f"{value:.4g}"
+
     rows = [
         [
             "newest" if j.step is None else f"{j.step:,}",
-            *(_percent(j.results[k]) if isinstance(j.results.get(k), (int, float)) else "–" for k in keys),
+            *(show(k, j.results[k]) if isinstance(j.results.get(k), (int, float)) else "–" for k in keys),
         ]
         for j in history
     ]
