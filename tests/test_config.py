@@ -8,6 +8,7 @@ import pytest
 
 from vidgen import config as configs
 from vidgen.config import ConfigError
+from vidgen.ranges import RANGES
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -80,7 +81,7 @@ def test_a_number_out_of_range_names_the_nearest(key, value, near):
 
 
 def test_ranges_are_of_settings_that_are():
-    assert configs.RANGES.keys() <= set(configs._leaves(configs.base()))
+    assert RANGES.keys() <= set(configs._leaves(configs.base()))
 
 
 @pytest.mark.parametrize(

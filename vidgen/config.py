@@ -1,7 +1,7 @@
 """Every setting of a run, with its default and its meaning: the one place where a key is made.
 
 A config file in `configs/` starts from `base()` and changes what it wants. The tree is locked, so a key that is
-not here is an error that names the nearest one.
+not here is an error that names the nearest one. What numbers may be stands in `ranges.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import os
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from vidgen.ranges import RANGES
 
 
 class ConfigError(ValueError):
@@ -218,85 +220,6 @@ def base() -> ConfigDict:
     sample.guidance_2 = 0.0  # of the one for low noise; 0: sample.guidance
     sample.eta = 0.0  # of ddim: share of the noise that each step draws anew
     return c.lock()
-
-
-# setting → (least, most) where a number outside would fail late or mean nothing; checked by `check`.
-RANGES: dict[str, tuple[float, float]] = {
-    "data.threads": (0, 4096),
-    "data.prefetch": (0, 4096),
-    "rows.count": (1, math.inf),
-    "rows.tokens": (1, math.inf),
-    "rows.segments": (1, math.inf),
-    "rows.text": (1, math.inf),
-    "rows.caption": (1, math.inf),
-    "rows.window": (1, math.inf),
-    "tokenizer.mean": (-1e6, 1e6),
-    "tokenizer.std": (1e-6, 1e6),
-    "vae.base_dim": (1, math.inf),
-    "vae.decoder_base_dim": (0, math.inf),
-    "vae.num_res_blocks": (1, 1000),
-    "vae.z_dim": (1, math.inf),
-    "vae.patch": (1, 64),
-    "clips.image_steps": (0, math.inf),
-    "reconstruction.l1": (0, 1e6),
-    "reconstruction.l2": (0, 1e6),
-    "reconstruction.kl": (0, 1e6),
-    "reconstruction.lpips": (0, 1e6),
-    "reconstruction.lpips_frames": (0, math.inf),
-    "reconstruction.gan": (0, 1e6),
-    "reconstruction.gan_start": (0, math.inf),
-    "reconstruction.gan_dim": (1, math.inf),
-    "reconstruction.gan_layers": (1, 8),
-    "text.width": (2, math.inf),
-    "text.layers": (0, 1000),
-    "text.heads": (1, math.inf),
-    "model.width": (2, math.inf),
-    "model.layers": (1, 10_000),
-    "model.heads": (1, math.inf),
-    "model.mlp_ratio": (1e-3, 1e3),
-    "model.rope_theta": (1, 1e12),
-    "model.unroll": (1, 10_000),
-    "objective.time_mean": (-20, 20),
-    "objective.time_std": (0, 20),
-    "objective.time_min": (1e-6, 1),
-    "objective.shift": (1e-3, 1e3),
-    "objective.shift_tokens": (0, math.inf),
-    "objective.caption_dropout": (0, 1),
-    "lora.rank": (0, math.inf),
-    "lora.alpha": (0, 1e6),
-    "optimizer.galore_rank": (1e-3, 1),
-    "optimizer.galore_every": (1, math.inf),
-    "optimizer.galore_scale": (1e-6, 1e6),
-    "optimizer.lr": (0, 1e3),
-    "optimizer.muon_lr": (0, 1e3),
-    "optimizer.warmup": (0, math.inf),
-    "optimizer.final": (0, 1),
-    "optimizer.beta1": (0, 0.999999),
-    "optimizer.beta2": (0, 0.999999),
-    "optimizer.momentum": (0, 0.999999),
-    "optimizer.weight_decay": (0, 1e3),
-    "optimizer.clip": (0, 1e9),
-    "optimizer.outlier": (0, 1e9),
-    "optimizer.ema": (0, 0.999999999),
-    "optimizer.accumulate": (1, math.inf),
-    "train.steps": (1, 2**31 - 1),
-    "train.log_every": (1, math.inf),
-    "train.checkpoint_every": (1, math.inf),
-    "train.keep": (1, math.inf),
-    "train.eval_every": (0, math.inf),
-    "train.eval_rows": (1, math.inf),
-    "train.sample_every": (0, math.inf),
-    "train.max_bad": (0, 1),
-    "sample.frames": (1, math.inf),
-    "sample.height": (1, math.inf),
-    "sample.width": (1, math.inf),
-    "sample.fps": (1e-3, 1e4),
-    "sample.steps": (1, 100_000),
-    "sample.guidance": (-1e3, 1e3),
-    "sample.guidance_2": (-1e3, 1e3),
-    "sample.boundary": (0, 1),
-    "sample.eta": (0, 1),
-}
 
 
 def check(c: ConfigDict) -> None:

@@ -15,8 +15,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vidgen.batch import TokenBatch
@@ -25,7 +23,7 @@ from vidgen.geometry import patchify, unpatchify
 from vidgen.interop import packed
 from vidgen.interop.checkpoint import Checkpoint
 from vidgen.interop.names import Entry
-from vidgen.models import architecture, dit
+from vidgen.models import architecture
 from vidgen.models.architecture import Architecture
 from vidgen.models.conditions import SINUSOIDS
 
@@ -221,26 +219,10 @@ def entries(config: Architecture) -> tuple[Entry, ...]:
     return tuple(found)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class DiTTransformer:
-    """A `DiTTransformer2DModel`, to be called as diffusers' is, with NumPy arrays, channels first, in float32.
+class DiTTransformer(packed.Transformer):
+    """A `DiTTransformer2DModel`."""
 
-    Attributes:
-      module: the Flax module, a `DiT`.
-      params: its parameters, float32.
-      config: diffusers' settings, with its defaults where config.json is silent.
-      architecture: ours.
-    """
-
-    module: dit.DiT
-    params: dict[str, Any]
-    config: dict[str, Any]
-    architecture: Architecture
-
-    @classmethod
-    def build(cls, config: Architecture, params: Mapping[str, Any], settings: Mapping[str, Any]) -> DiTTransformer:
-        """From the architecture, NumPy parameters and the settings in diffusers' terms."""
-        return cls(packed.module_of(config), jax.tree.map(jnp.asarray, dict(params)), DEFAULTS | dict(settings), config)
+    DEFAULTS = DEFAULTS
 
     def __call__(self, hidden_states: np.ndarray, timestep: np.ndarray, class_labels: np.ndarray) -> np.ndarray:
         """The prediction, and behind it the variance if that is learned: [B,out_channels,H,W] f32.

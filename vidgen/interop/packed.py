@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,31 @@ from vidgen.models import dit
 from vidgen.models.architecture import Architecture
 
 KIND = "denoiser"  # of a weights directory
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Transformer:
+    """A transformer of diffusers, to be called as its class is there, with NumPy arrays, channels first, in float32.
+
+    Attributes:
+      DEFAULTS: the settings of the class and their defaults.
+      module: the Flax module, a `DiT`.
+      params: its parameters, float32.
+      config: diffusers' settings, with its defaults where config.json is silent.
+      architecture: ours.
+    """
+
+    DEFAULTS: ClassVar[Mapping[str, Any]]
+    module: dit.DiT
+    params: dict[str, Any]
+    config: dict[str, Any]
+    architecture: Architecture
+
+    @classmethod
+    def build(cls, config: Architecture, params: Mapping[str, Any], settings: Mapping[str, Any]) -> Self:
+        """From the architecture, NumPy parameters and the settings in diffusers' terms."""
+        arrays = jax.tree.map(jnp.asarray, dict(params))
+        return cls(module_of(config), arrays, dict(cls.DEFAULTS) | dict(settings), config)
 
 
 def settings_of(config: Mapping[str, Any], defaults: Mapping[str, Any], name: str, file: str) -> dict[str, Any]:

@@ -7,15 +7,12 @@ text through two matrices; shift and scale of the end from a table; places told 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vidgen.batch import TokenBatch
@@ -23,7 +20,7 @@ from vidgen.config import ConfigError, base
 from vidgen.geometry import patchify, unpatchify
 from vidgen.interop import packed
 from vidgen.interop.names import Entry
-from vidgen.models import architecture, dit
+from vidgen.models import architecture
 from vidgen.models.architecture import Architecture
 from vidgen.models.conditions import SINUSOIDS
 
@@ -229,26 +226,10 @@ def rope_halves(heads: int, head: int) -> tuple[int, ...]:
     return tuple(h * head + 2 * (i % (head // 2)) + i // (head // 2) for h in range(heads) for i in range(head))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class WanTransformer:
-    """A `WanTransformer3DModel`, to be called as diffusers' is, with NumPy arrays, channels first, in float32.
+class WanTransformer(packed.Transformer):
+    """A `WanTransformer3DModel`."""
 
-    Attributes:
-      module: the Flax module, a `DiT`.
-      params: its parameters, float32.
-      config: diffusers' settings, with its defaults where config.json is silent.
-      architecture: ours.
-    """
-
-    module: dit.DiT
-    params: dict[str, Any]
-    config: dict[str, Any]
-    architecture: Architecture
-
-    @classmethod
-    def build(cls, config: Architecture, params: Mapping[str, Any], settings: Mapping[str, Any]) -> WanTransformer:
-        """From the architecture, NumPy parameters and the settings in diffusers' terms."""
-        return cls(packed.module_of(config), jax.tree.map(jnp.asarray, dict(params)), DEFAULTS | dict(settings), config)
+    DEFAULTS = DEFAULTS
 
     def __call__(
         self,
