@@ -57,7 +57,7 @@ fi
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 stop='' dry='' topology='' workdir='' gpus='' tasks=''
-sbatch=() command=()
+unclear='' sbatch=() command=()
 while [ $# -gt 0 ]; do
     case $1 in
         --)
@@ -81,7 +81,10 @@ while [ $# -gt 0 ]; do
             case $1 in
                 --gpus-per-node=*) gpus=${1##*[=:]} ;;
                 --gpus-per-node) gpus=${2:-} gpus=${gpus##*:} ;;
-                --ntasks*) tasks=1 ;;
+                # Of these it can't be told how many GPUs a node has, and one process would leave all but one idle.
+                --gpus | --gpus=* | -G* | --gres=*gpu*) unclear=$1 ;;
+                --gres) [[ ${2:-} != *gpu* ]] || unclear="$1 $2" ;;
+                --ntasks* | -n*) tasks=1 ;;
             esac
             sbatch+=("$1")
             ;;
@@ -144,6 +147,8 @@ if [ -n "$topology" ]; then
     gpus=${shape#*x}
     sbatch+=("--nodes=${shape%x*}" "--gpus-per-node=$gpus")
 fi
+[ -z "$unclear" ] || [ -n "$gpus$tasks" ] ||
+    fail "$unclear: expected --gpus-per-node=N, which has a process a GPU; or say --ntasks-per-node=N as well"
 # JAX gives each process of a node the GPU of its number.
 [ -n "$tasks" ] || sbatch+=("--ntasks-per-node=${gpus:-1}")
 # One that ends before the others may be saving still; one that failed ends them by itself, or after a minute.

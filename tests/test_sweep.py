@@ -14,9 +14,9 @@ import pyarrow.parquet
 import pytest
 
 from vidgen import config as configs
-from vidgen import sweep
+from vidgen import sweep, sweep_run, train
 from vidgen.config import ConfigError
-from vidgen.scaling import manifest
+from vidgen.scaling import jobset, manifest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ENVIRONMENT = os.environ | {"PYTHONPATH": ROOT, "JAX_PLATFORMS": "cpu"}
@@ -53,9 +53,9 @@ def get_sweep(arg=""):
 
 DRIVER = """
 import sys
-from vidgen import config as configs
 from vidgen import sweep
-sweep.JOB, sweep.POLL = ({job!r},), 0.05
+from vidgen.scaling.local import Local
+sweep.JOB, Local.pause = ({job!r},), 0.05
 if __name__ == "__main__":
     sweep.run({file!r}, {output!r}, width=2, retries=1)
 """
@@ -139,7 +139,7 @@ def test_ctrl_c_stops_the_jobs_and_says_how_to_go_on(made):
 
 
 def test_real_runs_are_trained_judged_and_tabled(tmp_path, tiny):
-    """Two real runs, one of which fails: its learning rate makes the loss infinite."""
+    """Two real runs, one of which fails: its clips are not there."""
     config, file = tmp_path / "tiny.py", tmp_path / "swept.py"
     config.write_text(
         "from vidgen import config\n\n\ndef get_config(arg=''):\n"
@@ -151,8 +151,7 @@ def test_real_runs_are_trained_judged_and_tabled(tmp_path, tiny):
         from vidgen.sweep import Sweep
 
         def get_sweep(arg=""):
-            off = {{"optimizer.outlier": 0.0, "optimizer.clip": 0.0, "tokenizer.std": 1e-6}}
-            bad = off | {{"optimizer.lr": 900.0, "optimizer.muon_lr": 900.0}}
+            bad = {{"data.source": {str(tmp_path / "nowhere")!r}}}
             good = {{"optimizer.lr": 1e-3, "label.name": "good"}}
             return Sweep({str(config)!r}, chain(good, bad | {{"label.name": "bad"}}),
                          base={{"train.steps": 6}}, suites=("moving_shapes",), prompts=2)
@@ -167,8 +166,96 @@ def test_real_runs_are_trained_judged_and_tabled(tmp_path, tiny):
         float(good["tokens"]) > 0 and float(good["flops"]) > 6 * float(good["parameters"]) * float(good["tokens"]) / 2
     )
     assert float(good["optimizer.lr"]) == 1e-3 and int(good["steps"]) == 6 and float(good["seconds"]) > 0
-    assert rows["bad"]["status"] == "failed" and "held-out loss is" in rows["bad"]["error"], rows["bad"]
+    assert rows["bad"]["status"] == "failed" and "ConfigError: config.data.source=" in rows["bad"]["error"], rows["bad"]
     assert (found.done, found.failed, found.pending) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("loss", [None, float("nan"), float("inf")])
+def test_a_run_without_a_finite_loss_has_failed(tmp_path, tiny, monkeypatch, loss):
+    config = tmp_path / "tiny.py"
+    config.write_text(
+        "from vidgen import config\n\n\ndef get_config(arg=''):\n"
+        f"    return config.from_json({configs.to_json(tiny)!r})\n"
+    )
+    row = {"step": 6, "tokens_seen": 100.0, "seconds_per_step": 0.1, "heldout_loss": loss}
+    monkeypatch.setattr(sweep_run.train, "run", lambda *_: train.Result(6, "", {}))
+    monkeypatch.setattr(sweep_run.metrics, "read", lambda _: [row])
+    one = manifest.Run("a", {"train.steps": 6}, {}, ())
+    plan = manifest.Manifest(str(config), ("moving_shapes",), 2, (one,))
+    found = sweep_run.measured(plan, one, str(tmp_path / "run"))
+    assert found["status"] == "failed" and found["error"] == f"held-out loss is {loss} after step 6"
+    assert found["steps"] == 6 and found["parameters"] > 0
+
+
+def test_a_sweep_that_changed_keeps_what_is_there_and_counts_what_it_has(made, capsys):
+    command, output = made([0, 3])
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)  # seed 3 fails
+    file = os.path.join(os.path.dirname(output), "swept.py")
+    with open(file) as f:
+        text = f.read()
+    with open(file, "w") as f:
+        f.write(text.replace("[0, 3]", "[0, 1]"))
+    done = subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    assert "also in the table: 1 runs that the sweep had before" in done.stdout and "2 done, 0 failed" in done.stdout
+    assert ledger(output) == {"seed0": 1, "seed1": 1, "seed3": 2} and table(output).keys() == {
+        "seed0",
+        "seed1",
+        "seed3",
+    }
+    # The same settings under another name: made once all the same.
+    with open(file, "w") as f:
+        f.write(text.replace('param("seed", [0, 3])', '{"seed": 0, "label.name": "first"}'))
+    with pytest.raises(ConfigError, match="run first is there as seed0, and no run is made twice"):
+        sweep.run(file, output)
+
+
+def test_jobs_of_another_launcher_are_not_taken_for_ended(made):
+    _, output = made([0])
+    os.mkdir(output)
+    jobs = os.path.join(output, sweep.JOBS)
+    file = os.path.join(os.path.dirname(output), "swept.py")
+    for text, says in (
+        ('{"launcher": "slurm", "jobs": {"seed0": "4711"}}', "jobs of --launcher=slurm may be at work: seed0; go on"),
+        ("[3]", "expected the jobs of a sweep; delete it if none is at work"),
+    ):
+        with open(jobs, "w") as f:
+            f.write(text)
+        with pytest.raises(ConfigError, match=says):
+            sweep.run(file, output)
+    assert not os.path.exists(os.path.join(output, "ledger"))
+
+
+def test_tables_have_columns_of_one_type_and_no_gaps(tmp_path):
+    def get(value):
+        return {"optimizer.lr": value, "label.note": value}
+
+    points = (get(1), get(0.5), {"label.note": "plain", "label.big": 2**70}, {"rows.count": 64, "label.big": 1.5})
+    asked = sweep.Sweep(os.path.join(ROOT, "configs", "quickstart.py"), points)
+    manifest.write(str(tmp_path), sweep.planned(asked))
+    sweep.write_results(str(tmp_path))
+    found = pyarrow.parquet.read_table(str(tmp_path / "results.parquet")).to_pydict()
+    rate, rows = (configs.load(asked.config)[a][b] for a, b in (("optimizer", "lr"), ("rows", "count")))
+    assert found["optimizer.lr"] == [1.0, 0.5, rate, rate] and found["rows.count"] == [rows, rows, rows, 64]
+    assert found["note"] == ["1", "0.5", "plain", None] and found["big"] == [None, None, 2.0**70, 1.5]
+    assert sweep._column([(1, 2), None, 3]) == ["(1, 2)", None, "3"] and sweep._column([True, None]) == [True, None]
+
+
+def test_a_run_that_was_asked_to_stop_has_no_result_and_the_status_that_a_cluster_waits_for(made, monkeypatch):
+    _, output = made([0, 1])
+    manifest.write(output, sweep.planned(sweep.load(os.path.join(os.path.dirname(output), "swept.py"))))
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        monkeypatch.setattr(sweep_run, "measured", lambda *_, by=name: {"status": "stopped", "by": by})
+        assert sweep_run.main([output, "seed0"]) == 128 + signal.Signals[name]
+        assert 128 + signal.Signals[name] in jobset.ASKED and manifest.result(output, "seed0") is None
+    for argv, says in (([output], "expected DIR NAME"), ([output, "seed7"], "no run 'seed7' in the sweep")):
+        with pytest.raises(ConfigError, match=says):
+            sweep_run.main(argv)
+
+
+def test_seconds_are_of_all_steps_also_of_those_that_were_not_timed():
+    rows = [{"step": 1}, {"step": 5, "seconds_per_step": 2.0}, {"step": 9, "seconds_per_step": 4.0}]
+    assert sweep_run.seconds(rows) == 9 * 3.0
+    assert sweep_run.seconds(rows[:1]) is None
 
 
 def test_a_dry_run_counts_and_starts_nothing(made, capsys):
@@ -190,6 +277,13 @@ def test_a_dry_run_counts_and_starts_nothing(made, capsys):
         ("return Sweep(CONFIG, param('model.width', (0,)))", "run .*config.model.width=0: expected"),
         ("return Sweep('nowhere.py', param('seed', (1,)))", "nowhere.py: no such file"),
         ("return Sweep(CONFIG, param('seed', range(20_000)))", "expands to 20,000 runs; expected at most 10,000"),
+        ("return Sweep(CONFIG, {'label.loss': 1.0})", "label.loss: the results have a column loss already"),
+        ("return Sweep(CONFIG, ({'seed': 1, 'label.seed': 2},))", "label.seed: the results have a column seed already"),
+        ("return Sweep(CONFIG, ({}, {'seed': 0}))", "runs run and seed0 are the same run"),
+        ("return Sweep(CONFIG, {'task': 'vae'})", "run run: "),
+        ("return Sweep(CONFIG, {'seed': object()})", "seed=<object.*: expected numbers, text"),
+        ("return Sweep(CONFIG, {'seed': 1}, suites=('moving_shape',))", "suites: unknown 'moving_shape'; did you mean"),
+        ("return Sweep(CONFIG, {'seed': 1}, prompts=0)", "prompts=0: expected at least 1"),
         ("return 3", "get_sweep returned int"),
         ("return 1 / 0", "ZeroDivisionError"),
     ],

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from vidgen.plain import plain
 from vidgen.verbs import VERBS, Verb
 
 USAGE = """\
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     code = result.pop("exit", 0)
     if as_json:
-        print(json.dumps(result, ensure_ascii=False, default=str))
+        print(json.dumps(plain(result), ensure_ascii=False, default=str))
     sys.exit(code)
 
 

@@ -19,7 +19,8 @@ from vidgen.data.progress import Progress
 from vidgen.diffusion.generator import Generator
 from vidgen.evaluation import distance, grid, memorised, moving_shapes, nearest, scorecard, shapes_suites, vbench
 from vidgen.evaluation.suite import Asked, Found, Subject, Suite
-from vidgen.studio import media
+from vidgen.plain import plain
+from vidgen.studio import media, report
 from vidgen.training import restored
 from vidgen.training.checkpoint import Checkpoints, read_config
 
@@ -34,7 +35,7 @@ SUITES = {
     "memorised": Suite(memorised.run, SOLVING | {"prompts"}),  # each clip at its own size
     "heldout": Suite(grid.run, frozenset({"clips", "size"}), clips=CLIPS),
     "fvd": Suite(distance.run, DRAWING | {"prompts", "features"}),
-    "vbench": Suite(vbench.run, DRAWING | {"prompts"}),
+    "vbench": Suite(vbench.run, DRAWING | {"prompts"}, version=2),
     "nearest": Suite(nearest.run, DRAWING | {"prompts", "clips"}, clips=4096),
 }
 RECONSTRUCTION = frozenset({"tokenizer", "input", "clips", "nofvd", "frames"})
@@ -242,7 +243,7 @@ def newest_step(workdir: str) -> int | None:
 def _write(workdir: str, results: dict[str, Any], pictures: dict[str, tuple[np.ndarray, float]]) -> None:
     suite, step = results["suite"], results["step"]
     folder = os.path.join(workdir, "evaluation")
-    text = json.dumps(results, ensure_ascii=False, indent=2).encode()
+    text = json.dumps(plain(results), ensure_ascii=False, indent=2).encode()
     for name in (f"{suite}.json", *([f"{suite}-{step}.json"] if step is not None else [])):
         media.write(os.path.join(folder, name), text)
     for name, (video, fps) in pictures.items():
@@ -259,7 +260,8 @@ def table(results: dict[str, Any]) -> str:
         from vidgen.evaluation import reconstruction
 
         return "\n".join([*lines, reconstruction.told(results)])
-    numbers = {name: x for name, x in results.items() if type(x) in (int, float) and name != "step"}
+    beside = report.in_table(results) | {"step"}
+    numbers = {name: x for name, x in results.items() if type(x) in (int, float) and name not in beside}
     width = max(map(len, numbers), default=0)
     for name, value in numbers.items():
         as_share = name in moving_shapes.RATES and results["suite"] in ("moving_shapes", "first_frame")

@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from vidgen.config import ConfigError
+from vidgen.plain import plain
 from vidgen.scaling import laws, table
 from vidgen.scaling.study import Study, study
 from vidgen.studio import law as pages
@@ -71,7 +72,7 @@ def run(
     facts = found.facts()
     if plans:
         facts["optimal"] = [row | plan for row, plan in zip(facts["optimal"], plans, strict=True)]
-    return facts | files | {"topology": topology or None}
+    return plain(facts | files | {"topology": topology or None})
 
 
 def summary(found: Study, topology: str, plans: list[dict[str, Any]]) -> str:
@@ -85,7 +86,8 @@ def summary(found: Study, topology: str, plans: list[dict[str, Any]]) -> str:
     head, rows = pages.optimal_rows(found, topology, plans)
     cells = [list(map(str, row)) for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines += ["", "compute-optimal, by the law (* more than 100 times beyond the largest run):"]
-    lines += ["  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    if rows:
+        lines += ["", "compute-optimal, by the law (* more than 100 times beyond the largest run):"]
+        lines += ["  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     lines += [f"warning: {warning}" for warning in found.warnings]
     return "\n".join(lines)

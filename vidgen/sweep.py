@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import difflib
 import importlib.util
 import io
 import json
+import operator
 import os
 import shutil
 import sys
@@ -17,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from vidgen import config as configs
-from vidgen import train
+from vidgen import evaluate, train
 from vidgen.config import ConfigError
 from vidgen.scaling import budgets, manifest
-from vidgen.scaling.algebra import Space, product
+from vidgen.scaling.algebra import Point, Space, chain, product
 from vidgen.scaling.local import Local
 from vidgen.scaling.manifest import Manifest, Run
 from vidgen.studio import media
@@ -28,8 +30,9 @@ from vidgen.studio.sweeps import Table
 from vidgen.training import metrics
 from vidgen.training.resilience import StopSignal, only_one
 
-POLL = 1.0  # seconds between looks at the jobs
 JOB = ("-m", "vidgen.sweep_run")  # what Python is given for a run, and then the folder and the name
+JOBS = "jobs.json"  # in the sweep's folder: the handles of the jobs at work, for the next driver
+PATIENCE = 120.0  # seconds that jobs have to save when they are asked to stop
 MOST = 10_000  # runs; a sweep of more is a slip
 
 
@@ -42,13 +45,13 @@ class Sweep:
       runs: a space of `scaling/algebra.py`.
       base: settings of all runs.
       suites: of `vidgen evaluate`, for each run when it is trained; their figures become columns `SUITE.FIGURE`.
-      prompts: clips that those judge.
-      options: of the launcher: those of a Slurm job or of a JobSet.
+      prompts: clips that those of them judge that draw clips.
+      options: of the launchers slurm and jobset: those of a Slurm job or of a JobSet.
       notes: lines to print before it starts, of runs that were left out, say.
     """
 
     config: str
-    runs: Space
+    runs: Space | Point
     base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     suites: tuple[str, ...] = ()
     prompts: int = 144
@@ -57,7 +60,15 @@ class Sweep:
 
 
 class Launcher(Protocol):
-    """What starts jobs somewhere, and knows them by their handles."""
+    """What starts jobs somewhere, and knows them by their handles.
+
+    Attributes:
+      name: as --launcher has it.
+      pause: seconds between looks at the jobs.
+    """
+
+    name: str
+    pause: float
 
     def start(self, name: str, argv: Sequence[str], folder: str) -> str: ...
     def alive(self, handles: Sequence[str]) -> set[str]: ...
@@ -66,7 +77,7 @@ class Launcher(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a sweep gave: how many runs are done, failed and still to do, and where the table lies."""
+    """How many runs of a sweep are done, failed and still to do, and where the table lies."""
 
     done: int
     failed: int
@@ -109,7 +120,9 @@ def run(
         manifest.write(output, plan)
         drive(output, plan, jobs, width, retries, stop, table)
     write_results(output)
-    found = counted(output, manifest.read(output))
+    found = counted(output, plan)
+    if earlier := len(manifest.read(output).runs) - len(plan.runs):
+        print(f"also in the table: {earlier} runs that the sweep had before and no longer has")
     print(f"{found.done} done, {found.failed} failed, {found.pending} to do: {found.results}")
     for one in plan.runs:
         if (told := manifest.result(output, one.name)) and told["status"] == "failed":
@@ -144,16 +157,40 @@ def load(file: str) -> Sweep:
 
 def planned(sweep: Sweep) -> Manifest:
     """The runs, each checked as training checks it; raises ConfigError, naming the run."""
-    if len(sweep.runs) > MOST:
-        raise ConfigError(f"the sweep expands to {len(sweep.runs):,} runs; expected at most {MOST:,}")
-    runs = manifest.expand(tuple(product(sweep.base, point)[0] for point in sweep.runs))
+    _check_suites(sweep)
+    points = chain(sweep.runs)
+    if len(points) > MOST:
+        raise ConfigError(f"the sweep expands to {len(points):,} runs; expected at most {MOST:,}")
+    runs = manifest.expand(tuple(product(sweep.base, point)[0] for point in points))
+    same: dict[str, str] = {}  # whole config → name of its run
     for one in runs:
         try:
-            train.check(configs.load(sweep.config, one.settings))
+            config = configs.load(sweep.config, one.settings)
+            train.check(config)
+            budgets.check(config)
         except ConfigError as e:
             raise ConfigError(f"run {one.name}: {e}") from None
+        if (other := same.setdefault(configs.to_json(config), one.name)) != one.name:
+            raise ConfigError(f"runs {other} and {one.name} are the same run; expected each once")
+    # What varies is said by every run, also where it is as in the config: a table has no gaps then.
+    plain = configs.load(sweep.config)
+    runs = tuple(
+        dataclasses.replace(one, settings={key: operator.attrgetter(key)(plain) for key in one.varied} | one.settings)
+        for one in runs
+    )
     path, colon, arg = sweep.config.partition(":")
     return Manifest(os.path.abspath(path) + colon + arg, tuple(sweep.suites), sweep.prompts, runs)
+
+
+def _check_suites(sweep: Sweep) -> None:
+    """Before anything is trained: it would be too late when a run is to be judged."""
+    for suite in sweep.suites:
+        if suite not in evaluate.SUITES:
+            near = difflib.get_close_matches(suite, evaluate.SUITES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(evaluate.SUITES)}"
+            raise ConfigError(f"the sweep's suites: unknown {suite!r}; {hint}")
+    if sweep.prompts < 1:
+        raise ConfigError(f"the sweep's prompts={sweep.prompts}: expected at least 1")
 
 
 def launched(name: str, width: int, options: Mapping[str, Any]) -> Launcher:
@@ -175,40 +212,45 @@ def drive(
     output: str, plan: Manifest, jobs: Launcher, width: int, retries: int, stop: StopSignal, table: Table
 ) -> None:
     """Starts runs, `width` at a time, until all have ended or `stop` is asked for."""
-    handles = _handles(output)  # of jobs that an earlier driver started and that may still be at work
-    queue = [one.name for one in plan.runs if not _done(output, one.name) and one.name not in handles]
+    handles = _handles(output, jobs.name)  # of jobs that an earlier driver started and that may still be at work
+    runs = {one.name: one for one in plan.runs}
+    rows = {name: row(output, one) for name, one in runs.items()}
+    queue = [name for name in runs if rows[name]["status"] != "done" and name not in handles]
     tries: Counter[str] = Counter()
     while queue or handles:
         alive = jobs.alive(list(handles.values()))
-        for name in [name for name, handle in handles.items() if handle not in alive]:
+        ended = [name for name, handle in handles.items() if handle not in alive]
+        for name in ended:
             del handles[name]
-            if not _done(output, name) and tries[name] <= retries:
-                queue.append(name)
-            elif manifest.result(output, name) is None:
-                _give_up(output, name)
+            if name not in runs:  # the sweep has it no longer
+                continue
+            found = manifest.result(output, name)
+            if found:
+                tries[name] = max(tries[name], 1)  # that of an earlier driver
+            if not found or found["status"] == "failed":
+                if tries[name] <= retries:
+                    queue.append(name)
+                elif not found:
+                    _give_up(output, name)
+            rows[name] = row(output, runs[name])
+        if ended:
             write_results(output)
         if stop.requested:
-            for handle in handles.values():
-                jobs.stop(handle)
-            _wait(jobs, handles)
+            handles = _stopped(jobs, handles)
             break
         while queue and len(handles) < width:
             name = queue.pop(0)
             _put_aside(output, name)
+            rows[name] = row(output, runs[name])
             tries[name] += 1
             argv = [sys.executable, *JOB, os.path.abspath(output), name]
             handles[name] = jobs.start(name, argv, manifest.workdir(output, name))
-            _keep(output, handles)
-        table.show([row(output, one) | {"running": one.name in handles} for one in plan.runs])
+            _keep(output, jobs.name, handles)
+        table.show([found | place(output, name, name in handles) for name, found in rows.items()])
         if handles:
-            time.sleep(POLL)
-    _keep(output, handles)
+            time.sleep(jobs.pause)
+    _keep(output, jobs.name, handles)
     table.close()
-
-
-def _done(output: str, name: str) -> bool:
-    found = manifest.result(output, name)
-    return found is not None and found["status"] == "done"
 
 
 def _put_aside(output: str, name: str) -> None:
@@ -232,24 +274,44 @@ def _give_up(output: str, name: str) -> None:
     media.write(path, json.dumps(told).encode())
 
 
-def _wait(jobs: Launcher, handles: Mapping[str, str], seconds: float = 120.0) -> None:
-    """Until those that were asked to stop have saved."""
-    until = time.monotonic() + seconds
-    while jobs.alive(list(handles.values())) and time.monotonic() < until:
-        time.sleep(POLL)
+def _stopped(jobs: Launcher, handles: Mapping[str, str]) -> dict[str, str]:
+    """Asks all to stop and waits until they have saved; those that are at work all the same."""
+    for handle in handles.values():
+        jobs.stop(handle)
+    until = time.monotonic() + PATIENCE
+    while (alive := jobs.alive(list(handles.values()))) and time.monotonic() < until:
+        time.sleep(jobs.pause)
+    left = {name: handle for name, handle in handles.items() if handle in alive}
+    if left:
+        print(f"still at work after {PATIENCE:.0f} s: {', '.join(left)}")
+    return left
 
 
-def _handles(output: str) -> dict[str, str]:
-    """Name of a run → handle of its job, as the last driver left them."""
+def _handles(output: str, launcher: str) -> dict[str, str]:
+    """Name of a run → handle of its job, as the last driver left them.
+
+    Raises ConfigError where they are another launcher's, since this one could not tell whether they are at work.
+    """
+    path = os.path.join(output, JOBS)
     try:
-        with open(os.path.join(output, "jobs.json"), encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError):
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+        kind, handles = (found["launcher"], found["jobs"]) if found else (launcher, {})
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"{path}: {e}: expected the jobs of a sweep; delete it if none is at work") from None
+    if handles and kind != launcher:
+        raise ConfigError(
+            f"{path}: jobs of --launcher={kind} may be at work: {', '.join(handles)}; go on with that launcher, or "
+            "delete the file if none is"
+        )
+    return dict(handles)
 
 
-def _keep(output: str, handles: Mapping[str, str]) -> None:
-    media.write(os.path.join(output, "jobs.json"), json.dumps(handles, indent=1).encode())
+def _keep(output: str, launcher: str, handles: Mapping[str, str]) -> None:
+    kept = {"launcher": launcher, "jobs": dict(handles)}
+    media.write(os.path.join(output, JOBS), json.dumps(kept, indent=1).encode())
 
 
 def cost(plan: Manifest, one: Run) -> dict[str, Any]:
@@ -265,13 +327,20 @@ def cost(plan: Manifest, one: Run) -> dict[str, Any]:
 
 
 def row(output: str, one: Run) -> dict[str, Any]:
-    """Of a run, as the results have it: what is not known yet is left out. "step" is how far it is."""
+    """Of a run, as the results have it; what is not known yet is left out."""
     found = manifest.result(output, one.name) or {"status": "pending", "error": ""}
     first = {"name": one.name, "status": found.pop("status"), "error": found.pop("error", "")}
-    with contextlib.suppress(ConfigError, IndexError):
-        last = metrics.read(manifest.workdir(output, one.name))[-1]
-        first |= {"step": last["step"], "train_loss": last.get("loss")}
     return first | found | one.labels | {key: one.settings[key] for key in one.varied if key in one.settings}
+
+
+def place(output: str, name: str, running: bool) -> dict[str, Any]:
+    """Of a run that is at work how far it is, beside its `row`, as `Table.show` wants it."""
+    found: dict[str, Any] = {"running": running}
+    if running:
+        with contextlib.suppress(ConfigError, IndexError):
+            last = metrics.read(manifest.workdir(output, name))[-1]
+            found |= {"step": last["step"], "train_loss": last.get("loss")}
+    return found
 
 
 def write_results(output: str) -> None:
@@ -280,25 +349,26 @@ def write_results(output: str) -> None:
     import pyarrow.parquet as pq
 
     rows = [row(output, one) for one in manifest.read(output).runs]
-    for one in rows:
-        one.pop("train_loss", None)
-        one.pop("step", None)
     columns = list(dict.fromkeys(key for one in rows for key in one))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     media.write(os.path.join(output, "results.csv"), text.getvalue().encode())
-    plain = [{key: _cell(value) for key, value in one.items()} for one in rows]
-    table = pa.Table.from_pylist([{key: one.get(key) for key in columns} for one in plain])
+    table = pa.table({key: _column([one.get(key) for one in rows]) for key in columns})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     media.write(os.path.join(output, "results.parquet"), buffer.getvalue())
 
 
-def _cell(value: Any) -> Any:
-    """What a column of one type can hold: numbers as they are, all else as text."""
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+def _column(values: Sequence[Any]) -> list[Any]:
+    """Values as a column of one type: whole numbers, numbers or truth values where all are such, else text."""
+    kinds = {type(value) for value in values if value is not None}
+    whole = kinds <= {int} and all(value is None or abs(value) < 2**63 for value in values)
+    if whole or kinds == {bool}:
+        return list(values)
+    as_one = float if kinds <= {int, float} else str
+    return [None if value is None else as_one(value) for value in values]
 
 
 def counted(output: str, plan: Manifest) -> Result:

@@ -5,9 +5,10 @@ python -m vidgen.sweep_run DIR NAME
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -16,18 +17,20 @@ from typing import Any
 from vidgen import config as configs
 from vidgen import evaluate, train
 from vidgen.config import ConfigError
-from vidgen.parallel import processes
 from vidgen.scaling import budgets, manifest
 from vidgen.scaling.manifest import Manifest, Run
 from vidgen.studio import media
 from vidgen.training import metrics
 from vidgen.training.resilience import only_one
 
-STOPPED = 75  # exit status of a run that was asked to stop: it goes on when started again (EX_TEMPFAIL)
-
 
 def main(argv: list[str]) -> int:
-    """Runs NAME of the sweep in DIR to its end; the exit status: 0 done, 1 failed, 75 stopped by a signal."""
+    """Runs NAME of the sweep in DIR to its end, or until a signal asks to save.
+
+    The exit status: 0 done, 1 failed, 128 + the signal, as `vidgen train` has it: it goes on when started again.
+    """
+    if len(argv) != 2:
+        raise ConfigError(f"expected DIR NAME, got {len(argv)} arguments")
     folder, name = argv
     sweep = manifest.read(folder)
     run = next((run for run in sweep.runs if run.name == name), None)
@@ -42,16 +45,15 @@ def main(argv: list[str]) -> int:
         except Exception as e:  # whatever ends a run is its result
             traceback.print_exc()
             found = {"status": "failed", "error": " ".join(f"{type(e).__name__}: {e}".split())[:500]}
-        if found is None:
-            return STOPPED
-        if processes.is_lead():
-            path = os.path.join(manifest.workdir(folder, name), manifest.RESULT)
-            media.write(path, json.dumps(found, indent=1).encode())
+        if found["status"] == "stopped":
+            return 128 + signal.Signals[found["by"]]
+        path = os.path.join(manifest.workdir(folder, name), manifest.RESULT)
+        media.write(path, json.dumps(found, indent=1).encode())
         return 0 if found["status"] == "done" else 1
 
 
-def measured(sweep: Manifest, run: Run, workdir: str) -> dict[str, Any] | None:
-    """Trains and judges; the figures, or None where a signal stopped it first.
+def measured(sweep: Manifest, run: Run, workdir: str) -> dict[str, Any]:
+    """Trains and judges; the figures, or "stopped" "by" a signal that came first.
 
     A run whose loss is not finite has failed; what it is worth otherwise is its held-out loss at the last step.
     """
@@ -60,7 +62,7 @@ def measured(sweep: Manifest, run: Run, workdir: str) -> dict[str, Any] | None:
     config.train.eval_every = config.train.steps  # the loss that the sweep is about
     ended = train.run(config, workdir)
     if ended.stopped_by:
-        return None
+        return {"status": "stopped", "by": ended.stopped_by}
     rows = metrics.read(workdir)
     figures = {
         "parameters": size.parameters,
@@ -76,16 +78,22 @@ def measured(sweep: Manifest, run: Run, workdir: str) -> dict[str, Any] | None:
             "error": f"held-out loss is {figures['loss']} after step {rows[-1]['step']}",
         } | figures
     for suite in sweep.suites:
-        found = evaluate.run(workdir, suite, prompts=sweep.prompts)
+        takes = "prompts" in evaluate.SUITES[suite].flags
+        found = evaluate.run(workdir, suite, **({"prompts": sweep.prompts} if takes else {}))
         figures |= {f"{suite}.{key}": value for key, value in numbers(found).items()}
     return {"status": "done", "error": ""} | figures
 
 
-def seconds(rows: list[Mapping[str, Any]]) -> float:
-    """Of all steps, by the mean of each logged stretch."""
-    steps = [0, *(row["step"] for row in rows)]
-    each = [row.get("seconds_per_step") or math.nan for row in rows]
-    return float(sum(s * (b - a) for s, a, b in zip(each, steps, steps[1:], strict=False)))
+def seconds(rows: list[Mapping[str, Any]]) -> float | None:
+    """Of all steps, by the mean of each logged stretch; None where none was timed: the first step only compiles."""
+    ends = [0, *(row["step"] for row in rows)]
+    stretches = [
+        (row.get("seconds_per_step"), b - a) for row, (a, b) in zip(rows, itertools.pairwise(ends), strict=True)
+    ]
+    timed = [(each, count) for each, count in stretches if each]
+    if not timed:
+        return None
+    return sum(each * count for each, count in timed) * ends[-1] / sum(count for _, count in timed)
 
 
 def numbers(found: Mapping[str, Any]) -> dict[str, float]:

@@ -38,10 +38,11 @@ BASE = {
 }
 
 
-def get_sweep(arg: str = "adamw") -> Sweep:
-    """`arg` adamw or muon: whose learning rate varies."""
-    if (arg or "adamw") not in KEYS:
+def get_sweep(arg: str = "") -> Sweep:
+    """`arg` adamw (also where it is empty) or muon: whose learning rate varies."""
+    arg = arg or "adamw"
+    if arg not in KEYS:
         raise ConfigError(f"{arg}: expected {' or '.join(KEYS)}")
-    key, rates = KEYS[arg or "adamw"]
+    key, rates = KEYS[arg]
     widths = zipped(param("model.width", (32, 64, 128)), param("model.heads", (2, 4, 8)))
     return Sweep(QUICKSTART, product(widths, param(key, rates)), base=BASE)

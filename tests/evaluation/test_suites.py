@@ -15,7 +15,7 @@ from vidgen import cli, evaluate, perceptual, weights
 from vidgen import config as configs
 from vidgen.config import ConfigError
 from vidgen.data.clip import BadClip, Clip, ClipSizes
-from vidgen.data.sources import open_source
+from vidgen.data.sources import Subset, open_source
 from vidgen.evaluation import clips, distance, grid, i3d, nearest, scorecard, vbench
 from vidgen.studio import report
 from vidgen.training import denoising, restored
@@ -172,6 +172,8 @@ def test_a_copy_is_found_among_many_and_its_ratio_is_near_0(monkeypatch):
     np.testing.assert_array_equal(index, np.argsort(direct, axis=1)[:, :5])
     np.testing.assert_allclose(distances, np.sort(direct, axis=1)[:, :5], atol=1e-6)
     assert index[0, 0] == 17 and distances[0, 0] < 1e-6 < distances[1, 0] and unused == {"truncated": 1}
+    with pytest.raises(ConfigError, match="no training clip could be read: {'truncated': 1}"):
+        nearest.nearest(queries, Subset(Clips(videos), [3]), 5)
     assert nearest.beyond(np.array([0.0, 0.5, 0.9]), np.linspace(0.4, 1, 101)) == pytest.approx(1 / 3)
 
 

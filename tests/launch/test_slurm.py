@@ -186,6 +186,8 @@ def test_a_dry_run_prints_what_would_be_submitted_and_run(tmp_path):
     ]
     assert "--ntasks-per-node=1 " in per_node[0] and "--ntasks-per-node=2 " in per_node[1]
     own = sh("--gpus-per-node", "4", "--ntasks-per-node=1", "--dry_run", "--", "train", "--workdir", "w")[1]
+    for more in (("--gres=gpu:4", "-n8"), ("-n", "8"), ("--ntasks-per-node=4", "--gres=gpu:4")):
+        assert "--ntasks-per-node=1 " not in sh(*more, "--dry_run", "--", "train", "--workdir", "w")[1]
     assert own.splitlines()[1].count("ntasks") == 1 and "--gpus-per-node 4 --ntasks-per-node=1 " in own
 
 
@@ -207,6 +209,8 @@ def test_a_dry_run_prints_what_would_be_submitted_and_run(tmp_path):
             "expected GPUs, hosts x GPUs like h100:4x8",
         ),
         (("--topology",), "--topology: expected a value"),
+        (("--dry_run", "--gres=gpu:4", "--", "train", "--workdir=w"), "--gres=gpu:4: expected --gpus-per-node=N"),
+        (("--dry_run", "-G8", "--nodes=2", "--", "train", "--workdir=w"), "-G8: expected --gpus-per-node=N"),
         (("--stop", "--dry_run", "--workdir=w"), "w/slurm_job: no such file; no job was started for this workdir"),
     ],
 )

@@ -39,6 +39,10 @@ def test_labels_are_no_settings():
     [
         (lambda: param("seed", ()), "'seed'.*no values"),
         (lambda: param("seed", (1, 2, 1)), "1 stands there twice"),
+        (lambda: param("seed", (0, 0, 1, 0)), "0 stands there 3 times"),
+        (lambda: param("data.moving_shapes.sizes", ([1, 2], [1, 2])), "twice"),
+        (lambda: param("seed", range(10**12)), "more than 100,000 values"),
+        (lambda: sample({"seed": 1}, 2), "2 points of a space of 1"),
         (lambda: product(WIDTHS, WIDTHS), "model.width is set by two"),
         (lambda: zipped(WIDTHS, param("model.width", (1, 2))), "model.width is set by two"),
         (lambda: zipped(WIDTHS, RATES), "2, 3 points; expected equal lengths"),

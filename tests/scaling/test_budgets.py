@@ -5,8 +5,9 @@ import pytest
 from vidgen import config as configs
 from vidgen.config import ConfigError
 from vidgen.planning.parameters import BUCKETS, NGRAMS, VOCAB, parameters
-from vidgen.scaling.algebra import param
+from vidgen.scaling.algebra import param, product
 from vidgen.scaling.budgets import at_budgets, size_of
+from vidgen.scaling.manifest import expand
 from vidgen.tokenizers import base as tokenizers
 
 QUICKSTART = "configs/quickstart.py"
@@ -42,5 +43,15 @@ def test_sizes_that_a_budget_leaves_out_are_told():
 def test_a_budget_that_no_size_meets_is_refused():
     with pytest.raises(ConfigError, match="budget 1e[+]06 FLOPs: no size meets it in 100 to 1,000,000 steps; the near"):
         at_budgets(QUICKSTART, WIDTHS, (1e12, 1e6))
-    with pytest.raises(ConfigError, match="expected FLOPs"):
-        at_budgets(QUICKSTART, WIDTHS, (0.0,))
+    for budget in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="expected FLOPs"):
+            at_budgets(QUICKSTART, WIDTHS, (budget,))
+
+
+def test_sizes_may_have_several_learning_rates_at_a_budget():
+    sizes = product(WIDTHS[:1], param("optimizer.lr", (1e-3, 2e-3)))
+    found = at_budgets(QUICKSTART, (*sizes, WIDTHS[1]), (1e12, 4e12))
+    names = [run.name for run in expand(found.runs)]
+    small, large = (size_of(configs.load(QUICKSTART, width)).parameters for width in WIDTHS[:2])
+    each = (f"N{small}-lr0.001", f"N{small}-lr0.002", f"N{large}")
+    assert names == [f"{name}-C{budget}" for budget in ("1e+12", "4e+12") for name in each]

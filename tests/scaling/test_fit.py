@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import planted
 import pytest
 
 from vidgen import cli, fit
 from vidgen.config import ConfigError
+from vidgen.scaling.table import Run
 
 
 def call(capsys, *argv):
@@ -100,6 +102,21 @@ def test_learning_rates_are_studied_and_only_the_best_runs_fitted(tmp_path, caps
     assert "Learning rate" in (tmp_path / "report.html").read_text()
 
 
+def test_runs_without_a_law_still_end_in_valid_json(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    runs = [
+        Run(f"r{i}", n, d, 6 * n * d, y)
+        for i, (n, d, y) in enumerate(
+            zip(10 ** rng.uniform(5, 8, 20), 10 ** rng.uniform(7, 10, 20), 0.5 * rng.uniform(0.8, 1.2, 20), strict=True)
+        )
+    ]
+    with pytest.raises(SystemExit) as e:
+        cli.main(["fit", f"--runs={planted.write(tmp_path / 'runs.csv', runs)}", "--json"])
+    last = capsys.readouterr().out.strip().split("\n")[-1]
+    facts = json.loads(last, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert e.value.code == 0 and [w for w in facts["warnings"] if "isn't the shape of this loss" in w]
+
+
 def test_days_and_cost_stand_beside_what_to_train(tmp_path, capsys):
     path = planted.write(tmp_path / "runs.csv", planted.sweep())
     facts, text = call(capsys, f"--runs={path}", "--topology=v5p:8x8x8", "--price=2")
@@ -131,3 +148,7 @@ def test_a_bad_table_ends_in_one_line(tmp_path, capsys):
         cli.main(["fit", f"--runs={path}"])
     out, err = capsys.readouterr()
     assert e.value.code == 2 and out == "" and err.count("\n") == 1 and "5 runs can be fitted" in err
+    with open(path, "a") as f:
+        f.write("nanny,1000,1000,6e6,nan,2e12\n")
+    with pytest.raises(ConfigError, match=r"5 runs can be fitted: .*; 1 run is not in the fit: nanny \(loss is nan\)"):
+        fit.run(path)

@@ -52,6 +52,18 @@ def test_the_table_goes_by_decades_and_marks_what_is_far():
     assert widths[-1] > 3 * widths[1]  # farther off, less sure
 
 
+@pytest.mark.parametrize("gone", [(1,), (2,), (1, 2)])
+def test_a_law_without_a_term_has_no_table_and_its_sizes_stay_finite(gone):
+    law = np.array(planted.LAW)
+    law[list(gone)] = 0
+    for cost in (COST, Cost(6.0, 1.0, 6.0)):
+        sizes = frontier.size(np.stack([law, planted.LAW]), 1e18, cost)
+        assert np.isfinite(sizes).all() and (sizes >= 1).all() and (cost.token(sizes) <= 1.001e18).all()
+    fitted = laws.fit(planted.sweep(), draws=2)
+    fitted = dataclasses.replace(fitted, powers=dataclasses.replace(fitted.powers, values=law))
+    assert fitted.absent == ["AB"[i - 1] for i in gone] and frontier.table(fitted, COST) == []
+
+
 def row(flops, parameters):
     return frontier.Optimal(flops, parameters, flops / parameters / 6, 0.1, {}, 1000.0)
 
@@ -80,3 +92,14 @@ def test_a_family_says_which_sizes_it_has(tmp_path):
         pods.plan("v5p:8x8x8", family="configs/dit_vidio.py")
     with pytest.raises(ConfigError, match="v5p"):
         pods.plan("v5p:3x3")
+
+
+def test_flops_that_are_proportional_to_the_parameters_have_a_frontier():
+    # Least squares of such runs gives an exponent that is 1 but for rounding, on either side of it.
+    for factor in (5.0, 9.0, 12.0):
+        runs = [dataclasses.replace(r, flops=factor * r.parameters * r.tokens) for r in planted.sweep()]
+        cost = frontier.cost(runs)
+        assert cost.exponent == 1
+        sizes = np.geomspace(1e2, 1e13, 400_001)
+        best = sizes[planted.loss(planted.LAW, sizes, 1e18 / cost.token(sizes)).argmin()]
+        assert float(frontier.size(planted.LAW, 1e18, cost)) == pytest.approx(best, rel=2e-3)

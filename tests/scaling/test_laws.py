@@ -91,6 +91,8 @@ def test_a_good_design_gives_no_warning():
         (lambda runs: [r for r in runs if r.name.endswith(("-2", "-3"))], "fewer than two budgets"),
         (lambda runs: [dataclasses.replace(r, loss=r.loss * (1 + 0.2 * (-1) ** i)) for i, r in enumerate(runs)],
          "runs scatter about the law by"),
+        (lambda runs: [dataclasses.replace(r, parameters=r.parameters / 1e6) for r in runs], "are the columns counts"),
+        (lambda runs: runs + runs[:3], "3 runs repeat another to the last digit"),
     ],
 )  # fmt: skip
 def test_a_poor_design_is_said_to_be_poor(change, says):
@@ -111,6 +113,13 @@ def test_exponents_that_nothing_determines_are_warned_of():
         0.005 * np.random.default_rng(3).standard_normal(30)
     )
     assert [w for w in laws.warnings(laws.fit(as_runs(n, d, y))) if w.startswith("alpha = ")]
+
+
+def test_a_term_that_the_runs_do_not_show_is_said_to_be_absent():
+    n, d = planted.design(decades=2.0)
+    law = laws.fit(as_runs(n, d, 0.5 + 0.3 * (n / n.mean()) ** -0.4), draws=60)
+    assert law.absent == ["B"] and [w for w in laws.warnings(law) if w.startswith("B went to 0: ")]
+    assert not [w for w in laws.warnings(law) if w.startswith("beta = ")]
 
 
 def test_too_little_to_fit_is_refused_in_words():

@@ -1,7 +1,9 @@
 """Which runs a sweep has, and that its folder stays one sweep's."""
 
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 
 from vidgen.config import ConfigError
@@ -32,11 +34,19 @@ def test_long_names_are_cut_and_stay_apart():
         ((*SPACE, SPACE[0]), "2 runs of the same settings"),
         (tuple(p | {"label.name": "a"} for p in SPACE), "4 runs named 'a'"),
         (tuple(p | {"label.name": "../a"} for p in SPACE), "names a folder"),
+        (({"seed": 1, "label.name": ".."},), "names a folder"),
+        (({"seed": 1, "label.name": "a" * 300},), "300 characters; expected at most 200"),
+        (({"seed": 1, "label.status": "good"},), "label.status: the results have a column status already"),
     ],
 )
 def test_what_is_no_sweep_is_refused(space, says):
     with pytest.raises(ConfigError, match=says):
         expand(space)
+
+
+def test_numbers_of_numpy_are_numbers():
+    (run,) = expand(({"model.width": np.int64(32), "optimizer.lr": np.float64(1e-3), "label.share": np.float32(0.5)},))
+    assert json.dumps([run.settings, run.labels]) == '[{"model.width": 32, "optimizer.lr": 0.001}, {"share": 0.5}]'
 
 
 def test_a_folder_keeps_to_one_sweep(tmp_path):
@@ -59,3 +69,8 @@ def test_broken_files_are_named(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ConfigError, match="not the manifest of a sweep"):
         manifest.read(str(tmp_path))
+    (tmp_path / "runs/a").mkdir(parents=True)
+    for text in ("", "[]", '{"status": "odd"}'):
+        (tmp_path / "runs/a/result.json").write_text(text)
+        with pytest.raises(ConfigError, match="result.json.*expected what a run of a sweep wrote"):
+            manifest.result(str(tmp_path), "a")

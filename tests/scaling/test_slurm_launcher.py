@@ -1,5 +1,6 @@
 """Runs of a sweep as jobs of a real Slurm, through submitit."""
 
+import json
 import os
 import pathlib
 import sys
@@ -7,9 +8,12 @@ import sys
 import pytest
 
 pytest.importorskip("submitit", reason="the extra [slurm]")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "launch"))
+TESTS = pathlib.Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "launch")]
 from slurm_cluster import slurm  # noqa: E402, F401 - the fixture
+from test_sweep import JOB, SWEEP  # noqa: E402 - a stand-in for a run, and a sweep over seeds
 
+from vidgen import sweep  # noqa: E402
 from vidgen.config import ConfigError  # noqa: E402
 from vidgen.scaling import slurm as launcher  # noqa: E402
 
@@ -74,12 +78,32 @@ def test_a_job_whose_time_is_up_saves_and_comes_again_under_its_number(slurm, jo
     assert slurm.fact(handle, "JobState") == "COMPLETED" and slurm.fact(handle, "Restarts") == "1"
 
 
+def test_a_sweep_is_brought_to_its_end_by_jobs(slurm, jobs, monkeypatch, tmp_path, capsys):  # noqa: F811
+    job, file, output = tmp_path / "job.py", tmp_path / "swept.py", tmp_path / "out"
+    job.write_text("import os\nprint('job', os.environ['SLURM_JOB_ID'], flush=True)\n" + JOB)
+    text = SWEEP.format(config=str(TESTS.parent / "configs/quickstart.py"), seeds=[0, 2])  # seed 2 fails at first
+    file.write_text(text.replace("[0, 2])", "[0, 2]), options={'time': 30, 'partition': 'all'}"))
+    monkeypatch.setattr(sweep, "JOB", (str(job),))
+    monkeypatch.setattr(launcher.Slurm, "pause", 0.2)
+    found = sweep.run(str(file), str(output), launcher="slurm", width=2)
+    logs = [read(output / "runs" / name / "log.txt") for name in ("seed0", "seed2")]
+    assert (found.done, found.failed, found.pending) == (2, 0, 0), logs
+    assert "2 done, 0 failed, 0 to do" in capsys.readouterr().out
+    assert sorted((output / "ledger").read_text().split()) == ["seed0", "seed2", "seed2"]
+    assert [len(set(log.split("job ")[1:])) for log in logs] == [1, 2]  # a job a try
+    assert json.loads((output / sweep.JOBS).read_text()) == {"launcher": "slurm", "jobs": {}}
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({}, "the sweep's options for Slurm have no time: expected minutes"),
         ({"time": 5, "gpus_pernode": 2}, "unknown 'gpus_pernode'; did you mean gpus_per_node?"),
         ({"time": 5, "zzz": 2}, "unknown 'zzz'; known are"),
+        ({"time": 5, "nodes": 2}, "nodes=2: expected 1, since a run of a sweep is one process"),
+        ({"time": 5, "additional_parameters": {"ntasks-per-node": 4}}, "ntasks-per-node=4: expected 1"),
+        ({"time": 5, "job_name": "a"}, "leave job_name out"),
+        ({"time": 5, "setup": "module load cuda"}, "setup='module load cuda': expected a list of lines"),
     ],
 )
 def test_wrong_options_are_told_before_anything_begins(jobs, options, says):

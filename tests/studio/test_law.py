@@ -101,6 +101,15 @@ def test_axes_have_round_numbers_and_powers_are_written_as_such():
     assert panels.draw([Panel("a", "x", "y", [])]) == "" and len(set(panels.ramp(5))) == 5
 
 
+def test_labels_do_not_lie_on_each_other_and_long_ticks_find_room():
+    marks = [Line([1.0, 10.0], [1e-4, y], label=name) for name, y in (("a", 2e-4), ("b", 2.001e-4), ("c", 4e-4))]
+    drawn = ET.fromstring(panels.draw([Panel("t", "x", "y", marks)])).find(f"{SVG}g")
+    places = {t.text: (float(t.get("x")), float(t.get("y"))) for t in drawn.findall(f"{SVG}text")}
+    assert places["a"][1] - places["b"][1] > 11.8 and places["c"][1] < places["b"][1] - 30
+    ticks = [(name, x) for name, (x, _) in places.items() if name.startswith("0.000")]
+    assert ticks and all(x - panels.LETTER * len(name) >= 0 for name, x in ticks)
+
+
 def test_a_band_goes_there_and_back():
     mark = Line([1.0, 10.0], [1.0, 2.0], low=[0.9, 1.8], high=[1.1, 2.2])
     (polygon,) = ET.fromstring(panels.draw([Panel("a", "x", "y", [mark])])).iter(f"{SVG}polygon")

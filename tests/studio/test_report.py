@@ -145,6 +145,18 @@ def test_a_whole_run(tmp_path):
     assert parsed.tags.count("svg") == 5  # loss twice (linear, log), tokens a second, mfu, gradient norm
 
 
+def test_figures_of_a_suite_that_parses_nothing_are_no_shares(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    table = {"head": ["", "drawn", "real"], "rows": [["motion", 0.0686, 0.0637]]}
+    for step in (5, 10):
+        judge(run, f"vbench-{step}.json", step=step, motion=0.0686, real_motion=0.0637, prompts=8, table=table)
+    text, _ = render(run)
+    assert 'class="bar"' not in text and "Over time" not in text
+    assert text.count("0.0686") == text.count("0.0637") == 1 and "prompts 8" in text
+
+
 def test_the_learning_rate_is_drawn_as_it_was_and_noise_is_smoothed(tmp_path):
     run = make(tmp_path / "run")
     log(run, [(s, {"lr": 200.0 - s, "grad_norm": 3.0 + s % 2}) for s in range(1, 201)])

@@ -164,3 +164,27 @@ def test_bad_settings_of_galore(tiny, key, value, message):
     tiny.optimizer[key] = value
     with pytest.raises(ConfigError, match=message):
         program.check(tiny)
+
+
+@pytest.mark.parametrize(("m", "n"), [(8, 12), (12, 8)])
+def test_what_the_projection_leaves_out_is_scaled_by_column_and_grows_slowly(m, n):
+    optimizer = galore.scale_by_galore(0.9, 0.99, 0.5, 1000)
+    params = {"head": {"kernel": jnp.zeros((m, n))}}
+    update, state, before = jax.jit(optimizer.update), optimizer.init(params), None
+    for step, floor in enumerate((0.05, 3.0)):  # the second gradient has far more of what is left out
+        g = gradient(0, 1, m, n, strong=4, floor=floor)[0]
+        updates, state = update({"head": {"kernel": g}}, state)
+        # Columns whose smaller side comes first, whichever that is.
+        u, g = (np.asarray(x, np.float64) for x in (updates["head"]["kernel"], g))
+        u, g = (u, g) if m <= n else (u.T, g.T)
+        p = np.asarray(state.projection["head"]["kernel"][0], np.float64)
+        inside, rest = p @ (p.T @ u), u - p @ (p.T @ u)
+        want = (g - p @ (p.T @ g)) * np.linalg.norm(inside, axis=0) / np.linalg.norm(p.T @ g, axis=0)
+        if step == 0:
+            np.testing.assert_allclose(rest, want, rtol=1e-2, atol=1e-4)
+        else:
+            assert np.linalg.norm(want) > 5 * before
+            assert np.linalg.norm(rest) == pytest.approx(1.01 * before, rel=1e-3)
+            np.testing.assert_allclose(rest / np.linalg.norm(rest), want / np.linalg.norm(want), atol=1e-3)
+        before = np.linalg.norm(rest)
+        assert float(state.rest["head"]["kernel"][0]) == pytest.approx(before, rel=1e-3)

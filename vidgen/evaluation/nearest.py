@@ -7,10 +7,9 @@ everything, which is why the distance is also set against that of the next neare
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from vidgen.config import ConfigError
 from vidgen.data.clip import BadClip
 from vidgen.data.feed import read_clip
 from vidgen.data.progress import Progress
@@ -93,8 +92,10 @@ def shrunk(video: np.ndarray) -> np.ndarray:
     return x.reshape(-1).astype(np.float32)
 
 
-def nearest(queries: np.ndarray, training: Source, around: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def nearest(queries: np.ndarray, training: Source, around: int) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """(distances [Q,k] f64, nearest first; which training clips [Q,k] i64; reason → clips that can't be read).
+
+    Raises ConfigError where none can be read.
 
     Args:
       queries: [Q,n] f32, of `shrunk`.
@@ -118,8 +119,11 @@ def nearest(queries: np.ndarray, training: Source, around: int) -> tuple[np.ndar
             index = np.concatenate([index, np.broadcast_to(names, (len(queries), len(names)))], axis=1)
             order = np.argsort(best, axis=1, kind="stable")[:, :around]
             best, index = np.take_along_axis(best, order, 1), np.take_along_axis(index, order, 1)
-        progress.update(first + len(rows), f"{first + len(rows)} of {total}")
+        done = min(first + CHUNK, total)
+        progress.update(done, f"{done} of {total}")
     progress.close()
+    if not best.shape[1]:
+        raise ConfigError(f"no training clip could be read: {unused or 'the data set is empty'}")
     return best, index, unused
 
 

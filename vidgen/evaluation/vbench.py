@@ -40,9 +40,8 @@ def run(subject: Subject, asked: Asked) -> Found:
 
     missing = perceptual.missing("lpips")
     net = None if missing or min(size[1:]) < lpips.LEAST else jax.device_put(lpips.load())
-    rows, truths = (
-        _all(what, videos, s.fps, net) for what, videos in (("drawn", drawn), ("real", [c.video for c in real.clips]))
-    )
+    rows = _all("drawn", [(video, s.fps) for video in drawn], net)
+    truths = _all("real", [(clip.video, clip.fps) for clip in real.clips], net)
     found, truth = summary(rows), summary(truths)
     names = [name for name in found if found[name] is not None]
     figures = found | {f"real_{name}": value for name, value in truth.items()} | {"prompts": len(prompts)}
@@ -51,7 +50,9 @@ def run(subject: Subject, asked: Asked) -> Found:
         "rows": [[name.replace("_", " "), found[name], truth[name]] for name in names],
     }
     figures["notes"] = real.notes("held-out") + clips.seen_note(config)
-    figures["notes"] += [f"subject_consistency_vgg is not measured: {missing}"] if missing else []
+    if net is None:
+        why = missing or f"frames are smaller than {lpips.LEAST} pixels a side"
+        figures["notes"].append(f"subject_consistency_vgg is not measured: {why}")
     figures["per_prompt"] = [{"prompt": prompt} | row for prompt, row in zip(prompts, rows, strict=True)]
     decided_by = {
         "prompts": {"count": len(prompts), "fingerprint": clips.fingerprint(prompts)},
@@ -63,9 +64,10 @@ def run(subject: Subject, asked: Asked) -> Found:
     return Found(figures, decided_by, pairs[:36])
 
 
-def _all(what: str, videos: Sequence[np.ndarray], fps: float, net: Any) -> list[dict[str, Any]]:
+def _all(what: str, videos: Sequence[tuple[np.ndarray, float]], net: Any) -> list[dict[str, Any]]:
+    """Of (clip, its frames a second)."""
     progress, rows = Progress(f"vbench: measuring {what} clips", len(videos)), []
-    for video in videos:
+    for video, fps in videos:
         rows.append(measured(video, fps, net))
         progress.update(len(rows), f"{len(rows)} of {len(videos)}")
     progress.close()

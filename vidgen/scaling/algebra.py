@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,11 +30,14 @@ MOST = 100_000  # points; a sweep of more is a slip, and would fill the memory b
 
 def param(key: str, values: Iterable[Any]) -> Space:
     """A point for each value of a setting; raises ConfigError where there is none, or one stands there twice."""
-    values = tuple(values)
+    values = tuple(itertools.islice(values, MOST + 1))
     if not values:
         raise ConfigError(f"param({key!r}): no values; expected at least one")
-    if twice := next((v for i, v in enumerate(values) if v in values[:i]), None):
-        raise ConfigError(f"param({key!r}): {twice!r} stands there twice")
+    if len(values) > MOST:
+        raise ConfigError(f"param({key!r}): more than {MOST:,} values; expected at most {MOST:,}")
+    value, count = Counter(map(repr, values)).most_common(1)[0]  # by their text, since a list has no hash
+    if count > 1:
+        raise ConfigError(f"param({key!r}): {value} stands there {'twice' if count == 2 else f'{count} times'}")
     return tuple({key: value} for value in values)
 
 
@@ -59,8 +63,9 @@ def chain(*spaces: Space | Point) -> Space:
     return tuple(itertools.chain.from_iterable(map(_space, spaces)))
 
 
-def sample(space: Space, count: int, seed: int = 0) -> Space:
+def sample(space: Space | Point, count: int, seed: int = 0) -> Space:
     """`count` points drawn without replacement, in the space's order; raises ConfigError where there are fewer."""
+    space = _space(space)
     if not 1 <= count <= len(space):
         raise ConfigError(f"sample: {count} points of a space of {len(space)}; expected 1 to {len(space)}")
     return tuple(space[i] for i in sorted(random.Random(seed).sample(range(len(space)), count)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from vidgen.config import ConfigError
 from vidgen.planning import mix
 from vidgen.planning.flops import step_flops
 from vidgen.planning.parameters import BUCKETS, NGRAMS, VOCAB, parameters, trains
+from vidgen.scaling import manifest
 from vidgen.scaling.algebra import LABEL, Point, Space, product, settings_of
 from vidgen.tokenizers import base as tokenizers
 
@@ -32,10 +35,15 @@ class Size:
     tokens: float
 
 
-def size_of(config: ConfigDict) -> Size:
-    """Of a denoiser's config, with the clips of a typical step; raises ConfigError."""
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError for a config that has no size."""
     if config.task != "denoiser":
         raise ConfigError(f"config.task={config.task!r}: expected denoiser, whose parameters and FLOPs are counted")
+
+
+def size_of(config: ConfigDict) -> Size:
+    """Of a denoiser's config, with the clips of a typical step; raises ConfigError."""
+    check(config)
     geometry = tokenizers.geometry_from_config(config.tokenizer)
     typical = mix.typical(config, geometry)
     pairs = typical.pairs(tuple(config.model.window), config.model.full_every)
@@ -64,8 +72,9 @@ def at_budgets(
     """Each size trained for each budget of FLOPs, as IsoFLOP profiles want it (Hoffmann et al., arXiv:2203.15556).
 
     A run's `train.steps` are what the budget pays for, rounded; its learning rate warms up over a share of them. Runs
-    are named by their parameters and their budget, which is a column of the results as well. A size that would need
-    fewer or more steps than `steps` is left out of that budget, and said to be.
+    are named by their parameters and their budget, which is a column of the results as well; those of as many
+    parameters, by what else they differ in: `product(sizes, param("optimizer.lr", …))` has each size at several rates.
+    A size that would need fewer or more steps than `steps` is left out of that budget, and said to be.
 
     Args:
       config: FILE or FILE:arg of the runs.
@@ -77,20 +86,21 @@ def at_budgets(
 
     Raises ConfigError for a budget that no size meets.
     """
-    if not budgets or any(not b > 0 for b in budgets):
+    if not budgets or any(not 0 < b < math.inf for b in budgets):
         raise ConfigError(f"budgets {tuple(budgets)}: expected FLOPs, one or more numbers above 0")
     points = [dict(product(base or {}, size)[0]) for size in sizes]
     costs = [size_of(configs.load(config, settings_of(point))) for point in points]
+    names = _names(points, costs)
     runs: list[dict[str, Any]] = []
     left_out = []
     for budget in budgets:
         before, wanted = len(runs), []
-        for point, cost in zip(points, costs, strict=True):
+        for point, cost, name in zip(points, costs, names, strict=True):
             count = round(budget / cost.flops)
             wanted.append(count)
             if steps[0] <= count <= steps[1]:
                 own = {"train.steps": count, "optimizer.warmup": max(1, round(warmup * count))}
-                labels = {f"{LABEL}budget": float(budget), f"{LABEL}name": f"N{cost.parameters}-C{budget:.3g}"}
+                labels = {f"{LABEL}budget": float(budget), f"{LABEL}name": f"{name}-C{budget:.3g}"}
                 runs.append(product(point, own, labels)[0])
             else:
                 left_out.append(
@@ -104,3 +114,16 @@ def at_budgets(
                 f"would take {nearest:,}"
             )
     return Budgeted(tuple(runs), tuple(left_out))
+
+
+def _names(points: Sequence[Point], costs: Sequence[Size]) -> list[str]:
+    """What each point is called, the same at all budgets: N1024, or N1024-lr0.001 where others are as large."""
+    alike = Counter(cost.parameters for cost in costs)
+    names = []
+    for point, cost in zip(points, costs, strict=True):
+        own = {}
+        if alike[cost.parameters] > 1:
+            others = [p for p, c in zip(points, costs, strict=True) if c.parameters == cost.parameters]
+            own = {k: v for k, v in settings_of(point).items() if any(p.get(k) != v for p in others)}
+        names.append(f"N{cost.parameters}" + (f"-{manifest.short(own)}" if own else ""))
+    return names

@@ -69,7 +69,7 @@ def cost(runs: Sequence[Run]) -> Cost:
     n, a_token = np.log([r.parameters for r in runs]), np.log([r.flops / r.tokens for r in runs])
     least = float(min(6.0, np.exp(a_token - n).min()))
     exponent, factor = np.polyfit(n, a_token, 1) if np.ptp(n) > math.log(3) else (1.0, 0.0)
-    if exponent >= 1:
+    if exponent > 1 - 1e-6:  # nearer, and the bend lies beyond all numbers
         return Cost(float(np.exp((a_token - n).mean())), 1.0, least)
     return Cost(float(np.exp(factor)), float(exponent), least)
 
@@ -80,13 +80,18 @@ def over_6nd(runs: Sequence[Run]) -> np.ndarray:
 
 
 def size(values: np.ndarray, flops: np.ndarray | float, c: Cost) -> np.ndarray:
-    """Parameters that make the loss least, of laws [...,5] at FLOPs [...]: where dL/dN = 0 along D = C / token(N)."""
+    """Parameters that make the loss least, of laws [...,5] at FLOPs [...]: where dL/dN = 0 along D = C / token(N).
+
+    Of a law without one of its terms, the end: a single parameter, or a single token.
+    """
 
     def along(factor: float, exponent: float) -> np.ndarray:
         _, a, b, alpha, beta = np.moveaxis(values, -1, 0)
-        with np.errstate(divide="ignore"):
-            log = np.log(alpha * a) - np.log(beta * exponent * b) + beta * (np.log(flops) - math.log(factor))
-        return np.exp(np.clip(log / (alpha + exponent * beta), 0, 100))
+        budget = np.log(flops) - math.log(factor)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log = np.log(alpha * a) - np.log(beta * exponent * b) + beta * budget
+        log = np.where(np.isnan(log), 0, log)  # neither term is there: all sizes are alike
+        return np.exp(np.clip(log / (alpha + exponent * beta), 0, np.maximum(budget / exponent, 0)))
 
     n = along(c.factor, c.exponent)
     if c.exponent == 1:
@@ -113,6 +118,8 @@ def optimal(law: Law, c: Cost, flops: float) -> Optimal:
 
 
 def table(law: Law, c: Cost) -> list[Optimal]:
-    """A row each power of ten, from the runs' least FLOPs to 10^25."""
+    """A row each power of ten, from the runs' least FLOPs to 10^25; none where the law has lost a term, see `Law`."""
+    if law.absent:
+        return []
     first = math.ceil(math.log10(min(r.flops for r in law.runs)) - 1e-9)
     return [optimal(law, c, float(f"1e{p}")) for p in range(min(first, LAST), LAST + 1)]

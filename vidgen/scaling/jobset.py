@@ -223,8 +223,15 @@ def xpk_command(w: Workload, options: Sequence[str]) -> list[str]:
 class JobSet:
     """A launcher of sweeps: a JobSet a run, by kubectl. A handle is NAMESPACE/NAME.
 
-    The sweep's folder must lie under the mount, at the same path here and in the pods.
+    The sweep's folder must lie under the mount, at the same path here and in the pods; the config that its runs start
+    from must be at the same path as well, under the mount or in the image.
+
+    Attributes:
+      pause: seconds between looks at the cluster.
     """
+
+    name = "jobset"
+    pause = 5.0
 
     def __init__(self, options: Mapping[str, Any]):
         """Takes what a `Workload` says, apart from its name and command.

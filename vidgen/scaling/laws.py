@@ -17,8 +17,8 @@ from vidgen.scaling.table import Run
 NAMES = ("E", "A", "B", "alpha", "beta")
 LEAST = len(NAMES) + 1  # runs
 FEW, DECADES = 8, 1.0  # runs, and powers of ten of FLOPs, below which a fit says little
-BUDGETS = 3  # parabolas of fewer say nothing of a trend
 LINE = 0.985  # correlation of log N and log D from which on they are one number
+UNITS = 100.0  # times 6ND, or 6ND so many times: beyond, FLOPs aren't in the units of the other columns
 OUTLIER, NOISY = 5.0, 0.03  # spreads of a residual; spread of log loss
 WIDE = 1.0  # width of an exponent's interval over its value; of E's over the lowest loss, see `_wide`
 
@@ -29,6 +29,11 @@ class Law:
 
     runs: tuple[Run, ...]
     powers: Powers
+
+    @property
+    def absent(self) -> list[str]:
+        """Which of A and B came out as 0: such a law has no best size, since either N or D costs it nothing."""
+        return [name for name, value in zip(NAMES, self.powers.values, strict=True) if name in "AB" and not value]
 
     def loss(self, parameters: np.ndarray | float, tokens: np.ndarray | float) -> np.ndarray:
         """Predicted, [...] as the arguments."""
@@ -94,7 +99,7 @@ def warnings(law: Law) -> list[str]:
             "fewer than two budgets have runs of three sizes: add sizes at equal FLOPs, so that profiles with a "
             "minimum show what the law should reproduce"
         )
-    found += _wide(law)
+    found += _wide(law) + _amiss(runs)
     residuals = np.abs(p.residuals)
     far = max(OUTLIER * p.spread, 1e-4)  # losses are written down with some five digits
     names = [f"{r.name} ({math.expm1(e):+.1%})" for r, e in zip(runs, p.residuals, strict=True) if abs(e) > far]
@@ -108,16 +113,42 @@ def warnings(law: Law) -> list[str]:
     return found
 
 
+def _amiss(runs: Sequence[Run]) -> list[str]:
+    """Warnings of a table that is probably not what it is taken for."""
+    found = []
+    times = float(np.median([r.flops / (6 * r.parameters * r.tokens) for r in runs]))
+    if not 1 / UNITS < times < UNITS:
+        found.append(
+            f"flops are {times:.2g} times 6 · parameters · tokens: are the columns counts, not thousands or millions? "
+            "The compute-optimal table needs counts"
+        )
+    copies = len(runs) - len({(r.parameters, r.tokens, r.flops, r.loss) for r in runs})
+    if copies:
+        found.append(
+            f"{copies} {'runs repeat' if copies > 1 else 'run repeats'} another to the last digit: take copies out; "
+            "intervals count each as a run of its own and come out too narrow"
+        )
+    return found
+
+
 def _wide(law: Law) -> list[str]:
     """Warnings of numbers that the runs don't determine."""
     lowest = min(r.loss for r in law.runs)
-    values, found = dict(zip(NAMES, law.powers.values, strict=True)), []
+    values, intervals, found = dict(zip(NAMES, law.powers.values, strict=True)), law.intervals, []
     wanted = {"alpha": "sizes, farther apart", "beta": "lengths of training, farther apart"}
-    for name in ("alpha", "beta"):
-        low, high = law.intervals[name]
+    for term, name, what in (("A", "alpha", "parameters"), ("B", "beta", "tokens")):
+        low, high = intervals[name]
+        if term in law.absent:
+            found.append(
+                f"{term} went to 0: the runs don't show that more {what} help, so the law has no {name} and nothing to "
+                f"say of the best size; add runs of more {wanted[name]}"
+            )
+            continue
+        if intervals[term][0] == 0:
+            found.append(f"{term} may be 0: the runs hardly show that more {what} help")
         if low <= EXPONENTS[0] * 1.01 or high >= EXPONENTS[1] * 0.99 or high - low > WIDE * values[name]:
             found.append(f"{name} = {values[name]:.3g} may be {low:.3g} to {high:.3g}: add runs of more {wanted[name]}")
-    low, high = law.intervals["E"]
+    low, high = intervals["E"]
     if values["E"] < 10 * TINY * lowest:
         found.append("E went to 0: the runs show no floor of the loss; add larger budgets, or quote no E")
     elif low < 10 * TINY * lowest or high - low > WIDE * values["E"]:

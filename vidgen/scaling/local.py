@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
 from collections.abc import Collection, Sequence
 
+from vidgen.training.resilience import holder
+
 
 class Local:
     """A launcher: starts processes, knows which are alive, stops them.
 
-    A process outlives whoever started it, so a sweep whose driver was killed is taken up where it stands: a handle
-    names a file that the process keeps locked.
+    A process outlives whoever started it, so a sweep whose driver was killed is taken up where it stands. A handle is
+    PID:FOLDER, and the process is in `only_one` of that folder: its number may be another's by now, the lock is not.
 
     Attributes:
       width: processes side by side; each may use its share of the cores that this one may use.
+      pause: seconds between looks at them.
     """
+
+    name = "local"
+    pause = 1.0
 
     def __init__(self, width: int):
         self.width = width
@@ -34,7 +39,7 @@ class Local:
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         self._share(child.pid, slot)
-        handle = f"{child.pid}:{os.path.join(os.path.abspath(folder), 'job', 'lock')}"
+        handle = f"{child.pid}:{os.path.join(os.path.abspath(folder), 'job')}"
         self._children[handle], self._slots[handle] = child, slot
         return handle
 
@@ -43,12 +48,16 @@ class Local:
         for handle, child in list(self._children.items()):
             if child.poll() is not None:
                 del self._children[handle], self._slots[handle]
-        return {handle for handle in handles if handle in self._children or _locked(handle.partition(":")[2])}
+        return {h for h in handles if h in self._children or holder(h.partition(":")[2]) is not None}
 
     def stop(self, handle: str) -> None:
         """Asks the process to save and end, as Ctrl-C does."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(int(handle.partition(":")[0]), signal.SIGTERM)
+        child, folder = self._children.get(handle), handle.partition(":")[2]
+        # Of two that were started for one run, by two drivers, the one that holds the lock is at work.
+        pid = child.pid if child and child.poll() is None else holder(folder)
+        if pid:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGTERM)
 
     def _share(self, pid: int, slot: int) -> None:
         """Gives a process its cores; where the system knows no such thing, all compete for all."""
@@ -58,15 +67,3 @@ class Local:
         share = cores[slot * len(cores) // self.width : (slot + 1) * len(cores) // self.width]
         with contextlib.suppress(OSError):  # it has ended already
             os.sched_setaffinity(pid, share or {cores[slot % len(cores)]})
-
-
-def _locked(path: str) -> bool:
-    """Whether another process holds the lock."""
-    try:
-        with open(path, "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False

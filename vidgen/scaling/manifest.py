@@ -16,12 +16,17 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from vidgen.config import ConfigError
 from vidgen.scaling.algebra import LABEL, Space, labels_of, settings_of
 from vidgen.studio import media
 
-NAME = 80  # characters of a run's name; a longer one is cut, with a digest at its end
+NAME = 80  # characters of a name made of settings; a longer one is cut, with a digest at its end
+LONGEST = 200  # of one that the sweep gives: file systems take 255, with what is put behind it
 RESULT = "result.json"
+# Columns that the results have by themselves; a label of that name would stand in their place.
+OWN = ("status", "error", "parameters", "tokens", "flops", "loss", "steps", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +66,27 @@ class Manifest:
 def expand(points: Space) -> tuple[Run, ...]:
     """Runs of the points of a space, named by what they differ in.
 
-    Raises ConfigError where there are none, and for points that are the same run or have the same `label.name`.
+    Raises ConfigError where there are none, for points that are the same run or have the same `label.name`, for a label
+    that is called like another column of the results, and for a value that no JSON file holds.
     """
     if not points:
         raise ConfigError("the sweep expands to no runs; expected at least one")
+    points = tuple({key: _plain(key, value) for key, value in point.items()} for point in points)
     every = sorted({key for point in points for key in settings_of(point)})
-    seen = {key: {json.dumps(point.get(key), sort_keys=True, default=str) for point in points} for key in every}
+    seen = {key: {json.dumps(point.get(key), sort_keys=True) for point in points} for key in every}
     varied = tuple(key for key in every if len(seen[key]) > 1)
     runs = []
     for point in points:
         labels = labels_of(point)
-        name = str(labels.pop("name", "")) or _name({k: point[k] for k in varied if k in point})
-        if not re.fullmatch(r"[\w.=,+-]+", name):
+        if taken := [label for label in labels if label in (*OWN, *every)]:
+            raise ConfigError(f"{LABEL}{taken[0]}: the results have a column {taken[0]} already; take another name")
+        name = str(labels.pop("name", "")) or short({k: point[k] for k in varied if k in point})
+        if not re.fullmatch(r"[\w.=,+-]+", name) or name in (".", ".."):
             raise ConfigError(f"{LABEL}name={name!r}: expected letters, digits and . _ = , + - only: it names a folder")
+        if len(name) > LONGEST:
+            raise ConfigError(f"{LABEL}name={name[:30]}…: {len(name)} characters; expected at most {LONGEST}")
         runs.append(Run(name, settings_of(point), labels, varied))
-    same = Counter(json.dumps(run.settings, sort_keys=True, default=str) for run in runs)
+    same = Counter(_text(run.settings) for run in runs)
     if (twice := same.most_common(1)[0])[1] > 1:
         raise ConfigError(f"the sweep has {twice[1]} runs of the same settings: {twice[0][:300]}; expected each once")
     names = Counter(run.name for run in runs)
@@ -84,8 +95,8 @@ def expand(points: Space) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def _name(settings: Mapping[str, Any]) -> str:
-    """`width64-lr0.001` of what a run differs in."""
+def short(settings: Mapping[str, Any]) -> str:
+    """A name of settings: `width64-lr0.001`."""
     parts = []
     for key, value in settings.items():
         shown = f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -100,7 +111,8 @@ def _name(settings: Mapping[str, Any]) -> str:
 def write(folder: str, manifest: Manifest) -> None:
     """DIR/manifest.json, in one move.
 
-    Raises ConfigError where another sweep lies there: a run of the same name with other settings, or other suites.
+    Raises ConfigError where another sweep lies there: other suites, or a run of the same name with other settings or
+    of the same settings with another name.
     """
     path = os.path.join(folder, "manifest.json")
     if os.path.exists(path):
@@ -113,11 +125,18 @@ def write(folder: str, manifest: Manifest) -> None:
                 )
         known = {run.name: run for run in old.runs}
         for run in manifest.runs:
-            if (was := known.get(run.name)) and was.settings != _plain(run.settings):
+            if (was := known.get(run.name)) and _text(was.settings) != _text(run.settings):
                 raise ConfigError(f"{path}: run {run.name} has other settings there; take another --output")
         # Those that the sweep no longer names stay: what they found is not lost.
         names = {run.name for run in manifest.runs}
         gone = tuple(run for run in old.runs if run.name not in names)
+        called = {_text(run.settings): run.name for run in gone}
+        for run in manifest.runs:
+            if was := called.get(_text(run.settings)):
+                raise ConfigError(
+                    f"{path}: run {run.name} is there as {was}, and no run is made twice; give it {LABEL}name={was}, "
+                    "or take another --output"
+                )
         manifest = dataclasses.replace(manifest, runs=manifest.runs + gone)
     media.write(path, json.dumps(dataclasses.asdict(manifest), indent=1).encode())
 
@@ -146,11 +165,14 @@ def result(folder: str, name: str) -> dict[str, Any] | None:
     path = os.path.join(workdir(folder, name), RESULT)
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            found = json.load(f)
+        if not isinstance(found, dict) or found.get("status") not in ("done", "failed"):
+            raise ValueError("no status done or failed in it")
+        return found
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{path}: {e}; expected what a run of a sweep wrote") from None
+        raise ConfigError(f"{path}: {e}; expected what a run of a sweep wrote; without it the run goes on") from None
 
 
 def finite(value: Any) -> bool:
@@ -158,6 +180,16 @@ def finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value))
+def _plain(key: str, value: Any) -> Any:
+    """A value as JSON takes it: NumPy's numbers as Python's. Raises ConfigError."""
+    value = value.item() if isinstance(value, np.generic) else value
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{key}={value!r}: expected numbers, text, or tuples of them") from None
+    return value
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    """Settings as text, the same for what went through JSON and what did not."""
+    return json.dumps(settings, sort_keys=True)

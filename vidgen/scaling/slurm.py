@@ -19,6 +19,7 @@ from vidgen.scaling.commands import told
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HINT = "is this a login node of a Slurm cluster?"
 RESTARTS = 1000  # times that a job may use up its time and go on
+SEVERAL = ("nodes", "ntasks", "ntasks_per_node")  # options that give a job more than one process
 
 
 class Slurm:
@@ -26,7 +27,13 @@ class Slurm:
 
     A job outlives whoever submitted it. Before its time is up, or where Slurm announces that it is preempted, what it
     runs is asked to save, and it goes back to the queue under the same number.
+
+    Attributes:
+      pause: seconds between looks at the queue, whose server is everybody's.
     """
+
+    name = "slurm"
+    pause = 5.0
 
     def __init__(self, options: Mapping[str, Any]):
         """Takes submitit's parameters of a Slurm job.
@@ -36,13 +43,17 @@ class Slurm:
             `account`, `qos`, `constraint`, `setup` (lines of shell before it starts), `signal_delay_s` (seconds before
             the end at which a run is asked to save), `additional_parameters` (any of sbatch's), ….
 
-        Raises ConfigError for an option that submitit does not know, naming the nearest; without submitit or Slurm.
+        A run is one process: several tasks or nodes would start it several times over, and are refused.
+
+        Raises ConfigError for an option that can't be used, one that submitit does not know, naming the nearest; and
+        without submitit or Slurm.
         """
         self._submitit = _submitit()
         if "time" not in options:
             raise ConfigError(
                 "the sweep's options for Slurm have no time: expected minutes a job may take, as in time=120"
             )
+        _check(options)
         told(["squeue", "--version"], HINT, pauses=())
         setup = [f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"]
         self._options = {"stderr_to_stdout": True} | dict(options) | {"setup": [*setup, *options.get("setup", ())]}
@@ -94,13 +105,11 @@ class Command:
 
     def __init__(self, argv: tuple[str, ...], folder: str):
         self.argv, self.folder = argv, folder
-        self.pid = 0
+        self.pid: int | None = None  # of what it runs, when it has begun
 
     def __call__(self) -> None:
         """Runs it to its end; raises RuntimeError if it fails, for Slurm to know."""
-        rank = os.environ.get("SLURM_PROCID", "0")
-        name = "log.txt" if rank == "0" else f"log-{rank}.txt"
-        with open(os.path.join(self.folder, name), "ab") as log:
+        with open(os.path.join(self.folder, "log.txt"), "ab") as log:
             child = subprocess.Popen(
                 self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_deaf
             )
@@ -110,16 +119,32 @@ class Command:
 
     def checkpoint(self) -> Any:
         """Called by submitit when the time is nearly up: asks what runs to save; returns what is to run again."""
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(self.pid, signal.SIGUSR1)
-            # It may have come in the middle of wait(), which holds a lock.
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self.pid, signal.SIGUSR1)
+                # It may have come in the middle of wait(), which holds a lock.
+                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         return _submitit().helpers.DelayedSubmission(Command(self.argv, self.folder))
 
 
 def _deaf() -> None:
     """Slurm sends submitit's signal to all processes of the job, and it would end what has no handler for it."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for options that submitit would take, and that a run of a sweep can't have."""
+    more = options.get("additional_parameters")
+    for name, value in (*options.items(), *(more.items() if isinstance(more, Mapping) else ())):
+        if name.replace("-", "_") in SEVERAL and str(value) != "1":
+            raise ConfigError(
+                f"the sweep's options for Slurm: {name}={value}: expected 1, since a run of a sweep is one process; "
+                "for a run of several: launch/slurm.sh"
+            )
+    if "job_name" in options:
+        raise ConfigError("the sweep's options for Slurm: a job is called like its run; leave job_name out")
+    if isinstance(options.get("setup"), str):
+        raise ConfigError(f"the sweep's options for Slurm: setup={options['setup']!r}: expected a list of lines")
 
 
 def _submitit() -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vidgen.config import ConfigError
 from vidgen.scaling import frontier, holdout, isoflop, laws, optima, table
 from vidgen.scaling.frontier import Cost, Optimal
 from vidgen.scaling.holdout import Holdout
@@ -58,7 +59,12 @@ class Study:
 def study(found: Table, *, hold_out: bool = True, seed: int = 0) -> Study:
     """Fits everything that the runs allow. Raises ConfigError where there are too few for a law."""
     best = table.best_settings(found)
-    law = laws.fit(best.runs, seed)
+    try:
+        law = laws.fit(best.runs, seed)
+    except ConfigError as e:
+        beaten = sum(not x.lost for x in best.excluded)
+        also = [f"of the others {beaten} only have a worse learning rate or batch than these"] if beaten else []
+        raise ConfigError("; ".join([str(e), *also, *_lost(best)])) from None
     warnings = _lost(best) + laws.warnings(law)
     profiles = isoflop.fit(best.runs, seed)
     for p in profiles.profiles:

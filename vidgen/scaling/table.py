@@ -78,9 +78,10 @@ def read(path: str) -> Table:
             hint = f"; is it {near[0]!r}?" if near else f"; there are {', '.join(columns) or 'none'}"
             raise ConfigError(f"{path}: no column {column!r}{hint}")
     names = [str(row.get("name") or f"row {i}") for i, row in enumerate(rows, 1)]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise ConfigError(f"{path}: rows {names.index(name) + 1} and {i + 1} are both named {name!r}")
+    first: dict[str, int] = {}
+    for i, name in enumerate(names, 1):
+        if first.setdefault(name, i) != i:
+            raise ConfigError(f"{path}: rows {first[name]} and {i} are both named {name!r}")
     rate = _varying(rows, RATES)
     figures = [c for c in columns if c not in (*REQUIRED, "name", "status", "error") and _numeric(rows, c)]
     runs, excluded = [], []
@@ -215,7 +216,8 @@ def _run(path: str, row: int, name: str, cells: Mapping[str, Any], rate: str | N
         value = _float(cells[column])
         if value is None or not 0 < value < math.inf:
             shown = "nothing" if _empty(cells[column]) else repr(cells[column])
-            raise ConfigError(f"{path}, row {row} ({name}), column {column}: {shown}: expected a number above 0")
+            plain = ", without commas and units" if value is None and any(c.isdigit() for c in shown) else ""
+            raise ConfigError(f"{path}, row {row} ({name}), column {column}: {shown}: expected a number above 0{plain}")
         return value
 
     batch, width = (next((number(c) for c in some if not _empty(cells.get(c))), None) for some in (BATCHES, WIDTHS))

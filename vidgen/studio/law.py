@@ -63,11 +63,11 @@ def findings(found: Study) -> list[str]:
     lines = []
     if found.held:
         f = found.held.facts()
-        what = f"the budget {f['budget']:.3g}" if f["budget"] else "the runs with the most FLOPs"
+        what = f"of the budget {f['budget']:.3g}" if f["budget"] else "with the most FLOPs"
+        these = f"the {len(f['names'])} runs {what}" if len(f["names"]) > 1 else f"the one run {what}"
         lines.append(
-            f"Held out: fitted on {f['fitted_on']} runs, the law predicts the {len(f['names'])} of {what} within "
-            f"{f['error']:.2%} on average, {f['max_error']:.2%} at most; repeating the best loss before them is "
-            f"{f['baseline_error']:.2%} off."
+            f"Held out: fitted on {f['fitted_on']} runs, the law predicts {these} within {f['error']:.2%} on average, "
+            f"{f['max_error']:.2%} at most; repeating the best loss before them is {f['baseline_error']:.2%} off."
         )
     profiles = found.profiles
     for what, law in (("N", profiles.parameters), ("D", profiles.tokens)):
@@ -86,10 +86,15 @@ def findings(found: Study) -> list[str]:
             lines.append(some.transfer.verdict)
     times = frontier.over_6nd(found.runs)
     lines.append(
-        f"FLOPs as counted are {times.min():.2f} to {times.max():.2f} times 6ND; the frontier takes the runs' own C = "
-        f"{found.cost.factor:.3g} · N^{found.cost.exponent:.3f} · D, and {found.cost.least:.3g}ND where that is more."
+        f"FLOPs as counted are {_factor(times.min())} to {_factor(times.max())} times 6ND; the frontier takes the "
+        f"runs' own C = {found.cost.factor:.3g} · N^{found.cost.exponent:.3f} · D, and {found.cost.least:.3g}ND where "
+        "that is more."
     )
     return lines
+
+
+def _factor(value: float) -> str:
+    return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.2g}"
 
 
 def optimal_rows(
@@ -105,7 +110,7 @@ def optimal_rows(
         for name, show in (("parameters", si), ("tokens", si), ("loss", "{:.4g}".format)):
             low, high = row.intervals[name]
             cells += [show(getattr(row, name)), f"{show(low)} to {show(high)}"]
-        cells.append(f"{found.cost.over_6nd(row.parameters):.2f}")
+        cells.append(_factor(float(found.cost.over_6nd(row.parameters))))
         if plans:
             plan = plans[i]
             days = plan["days"]
@@ -299,9 +304,11 @@ def _profiles(found: Study) -> str:
 def _optima(some: Optima) -> str:
     what = optima.SETTINGS[some.setting]
     marks: list[Points | Line] = []
+    several = len({o.parameters for o in some.optima}) < len(some.optima)  # budgets of a size
     for colour, o in zip(panels.ramp(len(some.optima)), some.optima, strict=True):
         x = np.linspace(*o.minimum.span, 30)
-        marks.append(Line(np.exp(x), np.exp(o.minimum.value(x)), colour, label=si(o.parameters)))
+        label = si(o.parameters) + (f", {panels.power(o.budget)}" if several else "")
+        marks.append(Line(np.exp(x), np.exp(o.minimum.value(x)), colour, label=label))
         marks.append(_dots(o.runs, some.setting, colour))
         if not o.minimum.edge:
             marks.append(Points([o.value], [o.loss], colour, [f"best: {o.value:.3g}"], 6, hollow=True))
@@ -325,6 +332,10 @@ def _optima(some: Optima) -> str:
 
 def _optimal(found: Study, topology: str, plans: Sequence[Mapping[str, Any]]) -> str:
     head, rows = optimal_rows(found, topology, plans)
+    title = "What to train with more compute"
+    if not rows:
+        gone = " and ".join(found.law.absent)
+        return page.section(title, page.missing(f"{gone} went to 0, so that the law knows no best size: see above."))
     note = (
         "N counts what the table's column parameters counts. * is more than 100 times beyond the largest run: there "
         "the law is a guess, and its intervals only say how surely the runs determine it if it holds."
@@ -332,7 +343,7 @@ def _optimal(found: Study, topology: str, plans: Sequence[Mapping[str, Any]]) ->
     if plans:
         chips = plans[0]["chips"]
         note += f" Days on {chips} chips, by the estimate of the nearest size of the family; nothing was compiled."
-    return page.section("What to train with more compute", page.card(page.table(head, rows)), _note([note]))
+    return page.section(title, page.card(page.table(head, rows)), _note([note]))
 
 
 def _cost(found: Study) -> str:
@@ -344,9 +355,11 @@ def _cost(found: Study) -> str:
     panel = Panel("FLOPs as counted, over 6ND", "parameters", "factor", marks)
     median = float(np.median(times))
     far = max(median, 1 / median)
-    said = (
-        f"6ND is off by a factor of {far:.2f} in the median: attention and what else a step multiplies is counted here."
-    )
+    said = "This table's FLOPs are 6ND: attention isn't counted, which is much of a video model's."
+    if far > 1.005:
+        said = f"6ND is off by a factor of {_factor(far)} in the median" + (
+            ": attention and what else a step multiplies is counted here." if median > 1 else "."
+        )
     return page.section("What a token costs", _note([said]), page.card(panels.draw([panel])))
 
 

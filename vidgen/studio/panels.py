@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
 from vidgen.studio.plots import linear_ticks, log_ticks
 from vidgen.training.metrics import si
 
-SIZE, MARGIN = (400, 320), (34, 20, 46, 54)  # of a panel; top, right, bottom, left
+SIZE, MARGIN = (400, 320), (34, 20, 46, 54)  # of a panel; top, right, bottom, left at least
+LETTER = 7.0  # width of a tick's
+LABEL = 50.0, 12.0  # width and height that a line's label takes
 RAMP = ("#5b4ea3", "#2f73b4", "#1f968b", "#4e9a37", "#b8901a", "#d0702a", "#c23b4b", "#8c2a6b")
 STYLE = """
 svg { font-family: system-ui, sans-serif; background: #fbfaf8; }
@@ -59,8 +62,8 @@ class Panel:
     log_y: bool = True
     show_x: Callable[[float], str] = si
     show_y: Callable[[float], str] = "{:.3g}".format
-    key: Sequence[tuple[str, str]] = ()  # (colour, what it means), above the plot on the right
-    share: bool = False  # y is a share, 0 to 1
+    key: Sequence[tuple[str, str]] = ()  # (colour, what it means), on the right: above, or below where y is a share
+    share: bool = False  # y is a share, 0 to 1, which rises to the right
 
 
 def ramp(count: int) -> list[str]:
@@ -106,6 +109,8 @@ def _panel(p: Panel) -> str:
     x_low, x_high = _padded(xs, True, 0.04, 0.22 if labelled else 0.04)
     y_low, y_high = (0.0, 1.0) if p.share else _padded(ys, p.log_y, 0.06, 0.06)
     warp = math.log if p.log_y and not p.share else float
+    ticks = {tick: p.show_y(tick) for tick in _ticks(y_low, y_high, p.log_y and not p.share)}
+    left = max(left, 14 + LETTER * max(map(len, ticks.values()), default=0))
 
     def px(x: float) -> float:
         return left + math.log(x / x_low) / math.log(x_high / x_low) * (width - left - right)
@@ -116,12 +121,12 @@ def _panel(p: Panel) -> str:
 
     parts = [f'<text class="name" x="{left}" y="16">{html.escape(p.title)}</text>']
     for i, (colour, meaning) in enumerate(p.key):
-        y = top + 10 + 15 * i
+        y = (height - bottom - 15 * len(p.key) + 7 if p.share else top + 10) + 15 * i
         parts.append(f'<circle cx="{width - right - 5}" cy="{y - 4}" r="3.5" {_paint(colour)}/>')
         parts.append(f'<text x="{width - right - 14}" y="{y}" text-anchor="end">{html.escape(meaning)}</text>')
-    for tick in _ticks(y_low, y_high, p.log_y and not p.share):
+    for tick, shown in ticks.items():
         parts.append(f'<line class="rule" x1="{left}" x2="{width - right}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
-        parts.append(f'<text x="{left - 7}" y="{py(tick) + 4:.1f}" text-anchor="end">{p.show_y(tick)}</text>')
+        parts.append(f'<text x="{left - 7}" y="{py(tick) + 4:.1f}" text-anchor="end">{shown}</text>')
     for tick in _ticks(x_low, x_high, True, 6):
         parts.append(
             f'<text x="{px(tick):.1f}" y="{height - bottom + 17}" text-anchor="middle">{p.show_x(tick)}</text>'
@@ -129,7 +134,23 @@ def _panel(p: Panel) -> str:
     parts.append(f'<text x="{left}" y="{height - 8}">{html.escape(f"{p.y} over {p.x}")}</text>')
     for mark in p.marks:
         parts.append(_line(mark, px, py) if isinstance(mark, Line) else _points(mark, px, py))
+    named = [m for m in p.marks if isinstance(m, Line) and m.label and len(m.x)]
+    places = [(px(m.x[-1]), py(m.y[-1])) for m in named]
+    for mark, (x, _), y in zip(named, places, _apart(places), strict=True):
+        parts.append(f'<text x="{x + 6:.1f}" y="{y + 4:.1f}">{html.escape(mark.label)}</text>')
     return "".join(parts)
+
+
+def _apart(places: Sequence[tuple[float, float]]) -> list[float]:
+    """The y of labels at (x, y), moved up and down until none lies on another."""
+    ys, (width, height) = [y for _, y in places], LABEL
+    for _ in range(60):
+        for i, j in itertools.combinations(range(len(ys)), 2):
+            gap = ys[j] - ys[i]
+            if abs(places[j][0] - places[i][0]) < width and abs(gap) < height:
+                push = math.copysign((height - abs(gap)) / 2, gap)
+                ys[i], ys[j] = ys[i] - push, ys[j] + push
+    return ys
 
 
 def _line(mark: Line, px: Callable[[float], float], py: Callable[[float], float]) -> str:
@@ -141,9 +162,6 @@ def _line(mark: Line, px: Callable[[float], float], py: Callable[[float], float]
     path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in zip(mark.x, mark.y, strict=True))
     dash = ' stroke-dasharray="5 4"' if mark.dashed else ""
     parts.append(f'<polyline points="{path}" {_paint(mark.colour, False)} stroke-width="1.6"{dash}/>')
-    if mark.label and len(mark.x):
-        x, y = px(mark.x[-1]), py(mark.y[-1])
-        parts.append(f'<text x="{x + 6:.1f}" y="{y + 4:.1f}">{html.escape(mark.label)}</text>')
     return "".join(parts)
 
 
@@ -174,7 +192,11 @@ def _padded(values: Sequence[float], log: bool, below: float, above: float) -> t
 
 def _ticks(low: float, high: float, log: bool, most: int = 7) -> list[float]:
     """Round numbers within [low, high], powers of ten alone where 1, 2 and 5 are too many."""
-    ticks = log_ticks(low, high) if log and high / low > 8 else linear_ticks(low, high)
-    inside = [t for t in ticks if low * (1 - 1e-9) <= t <= high * (1 + 1e-9) + 1e-12]
+    wide = log and high / low > 8
+    for count in (5, 9):  # more, where a few leave less than three inside
+        ticks = log_ticks(low, high) if wide else linear_ticks(low, high, count)
+        inside = [t for t in ticks if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)]
+        if wide or len(inside) > 2:
+            break
     tens = [t for t in inside if t > 0 and abs(math.log10(t) - round(math.log10(t))) < 1e-9]
     return tens if log and len(inside) > most and len(tens) > 1 else inside

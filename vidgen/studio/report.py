@@ -211,15 +211,16 @@ def _judge_section(judgements: Sequence[Judgement]) -> str:
     for suite, judgement in _newest(judgements).items():
         history = [j for j in judgements if j.suite == suite]
         parts.append(page.card(f"<h3>{page.escape(suite)}</h3>", _results(judgement), _history(history)))
-    return page.section(title, *parts)
+    gap = "display: grid; grid-template-columns: minmax(0, 1fr); gap: 16px"
+    return page.section(title, f'<div style="{gap}">{"".join(parts)}</div>')
 
 
 def _results(judgement: Judgement) -> str:
     results = judgement.results
     if "unreadable" in results:
         return page.missing(results["unreadable"])
-    rows = []
-    for key in JUDGED:
+    rows, judged = [], _judged(results)
+    for key in judged:
         share = results.get(key)
         if isinstance(share, (int, float)):
             width = 100 * min(max(share, 0), 1)
@@ -228,10 +229,11 @@ def _results(judgement: Judgement) -> str:
                 f'<td class="number">{_percent(share)}</td>'
                 f'<td class="bar"><span><i style="width:{width:.1f}%"></i></span></td></tr>'
             )
+    shown = in_table(results) | {*judged, "suite", "per_prompt", "per_clip", "notes", "grid"}
     others = {
         k.replace("_", " "): len(v) if isinstance(v, list) else v
         for k, v in results.items()
-        if k not in (*JUDGED, "per_prompt", "per_clip", "notes", "grid") and not (v is None or isinstance(v, dict))
+        if k not in shown and not (v is None or isinstance(v, dict))
     }
     body = f'<div class="scroll"><table><tbody>{"".join(rows)}</tbody></table></div>' if rows else ""
     if others:
@@ -252,6 +254,18 @@ def _results(judgement: Judgement) -> str:
     return body
 
 
+def _judged(results: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which of JUDGED these results may have: none where nothing was parsed, since motion has other meanings too."""
+    return JUDGED if "all_right" in results else ()
+
+
+def in_table(results: Mapping[str, Any]) -> set[str]:
+    """Names of figures that a suite's own table shows: temporal_flickering and real_…, heldout_loss/9x32x32."""
+    found = results.get("table")
+    named = {str(row[0]) for row in found.get("rows") or () if row} if isinstance(found, dict) else set()
+    return {name for name in results if {name.replace("_", " ").removeprefix("real "), name.partition("/")[2]} & named}
+
+
 def _measured_table(found: Any) -> str:
     """A suite's own table, {"head", "rows"}."""
     if not isinstance(found, dict) or not found.get("rows"):
@@ -260,8 +274,9 @@ def _measured_table(found: Any) -> str:
 
 
 def _history(history: Sequence[Judgement]) -> str:
-    keys = [key for key in (*JUDGED, *FIGURES) if any(key in j.results for j in history)]
-    if len(history) < 2:
+    known = [key for j in history for key in (*_judged(j.results), *FIGURES) if key in j.results]
+    keys = [key for key in (*JUDGED, *FIGURES) if key in known]
+    if len(history) < 2 or not keys:
         return ""
 
     def show(key: str, value: float) -> str:

@@ -22,11 +22,11 @@ class Table:
         self._lines = 0
         self._told: dict[str, str] = {}
         self._begun = time.monotonic()
-        self._flops: float | None = None  # done when this table was made
+        self._before: int | None = None  # runs that had ended when it was shown first
         self._width = min(max(map(len, names), default=8), 60)
 
     def show(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Of `vidgen.sweep.row`, with "running"."""
+        """Shows all runs: a `row` and a `place` of `vidgen.sweep` each."""
         if self._tty:
             self._draw(rows)
         else:
@@ -49,11 +49,13 @@ class Table:
     def _draw(self, rows: Sequence[Mapping[str, Any]]) -> None:
         running = [r for r in rows if r["running"]]
         ended = [r for r in rows if r["status"] != "pending" and not r["running"]]
-        shown = (ended[-max(0, SHOWN - len(running)) :] if SHOWN > len(running) else []) + running[:SHOWN]
+        columns, height = shutil.get_terminal_size()
+        most = max(min(SHOWN, height - 2), 1)  # what has scrolled off can't be drawn over
+        running = running[:most]
+        shown = ended[max(0, len(ended) + len(running) - most) :] + running
         lines = [self._line(r) for r in shown] + [self._total(rows)]
-        columns = shutil.get_terminal_size().columns - 1
         back = f"\x1b[{self._lines}F" if self._lines else ""
-        self._stream.write(back + "".join(f"\x1b[2K{line[:columns]}\n" for line in lines) + "\x1b[0J")
+        self._stream.write(back + "".join(f"\x1b[2K{line[: columns - 1]}\n" for line in lines) + "\x1b[0J")
         self._stream.flush()
         self._lines = len(lines)
 
@@ -78,9 +80,9 @@ class Table:
         """Counts, and an ETA by the runs of this call: rough, since they are not alike."""
         done = sum(r["status"] == "done" for r in rows)
         failed = sum(r["status"] == "failed" and not r["running"] for r in rows)
-        if self._flops is None:
-            self._flops = done + failed
-        new, left = done + failed - self._flops, len(rows) - done - failed
+        if self._before is None:
+            self._before = done + failed
+        new, left = done + failed - self._before, len(rows) - done - failed
         spent = time.monotonic() - self._begun
         eta = duration(spent / new * left) if new else "–"
         return f"{done} of {len(rows)} done, {failed} failed, {duration(spent)} so far, eta {eta}"

@@ -1,8 +1,10 @@
 """GaLore: Adam on gradients projected to a few directions (Zhao et al., arXiv:2403.03507).
 
 A gradient G [m,n] with m ≤ n is projected to R = Pᵀ G, [r,n], whose moments take a share r / m of Adam's; Adam's
-update of R is projected back by P, [m,r]; where n < m, it is R = G P. Each layer of a stack has its own P. Three things
-differ from the paper. P comes of subspace iteration from the P before, matrix products and QR decompositions of
+update of R is projected back by P, [m,r]; where n < m, it is R = G P. Each layer of a stack has its own P. Four things
+differ from the paper. What the projection leaves out, G - P R, is not lost: it is added as it is, each of its columns
+scaled as Adam scaled that column of R, and grows by 1 % a step at most (Fira, Chen et al., arXiv:2410.01623), which
+takes no memory. P comes of subspace iteration from the P before, matrix products and QR decompositions of
 [m,r] (Halko et al., arXiv:0909.4061), where the paper takes a whole SVD, which accelerators are slow at. New
 directions come after 1, 2, 4, 8, … steps as well, since layers that start from zero give the ones behind them no
 gradient at first. And the first moment is carried over from the old directions to the new ones.
@@ -22,6 +24,7 @@ from vidgen.parallel.mesh import path_name
 from vidgen.training.stacks import is_stacked
 
 ITERATIONS = 2  # of the subspace, each time that it is chosen anew
+GROWTH = 1.01  # of what is added of the part left out, from one step to the next at most
 
 
 class GaLoreState(NamedTuple):
@@ -31,12 +34,14 @@ class GaLoreState(NamedTuple):
       count: () i32, steps.
       projection: [L,d,r] f32, orthonormal columns.
       mu, nu: [L,r,n] or [L,m,r] f32, moments of the projected gradient.
+      rest: [L] f32, norm of what was added of the part left out; 0 before the first step.
     """
 
     count: jax.Array
     projection: Any
     mu: Any
     nu: Any
+    rest: Any
 
 
 def takes(path: str, x: Any, rank: float) -> bool:
@@ -68,8 +73,12 @@ def scale_by_galore(b1: float, b2: float, rank: float, every: int, eps: float = 
         def zeros(path, x):
             return jnp.zeros(shapes(path, x)[1])
 
+        def none(path, x):
+            return jnp.zeros(shapes(path, x)[0][0])
+
         over = jax.tree_util.tree_map_with_path
-        return GaLoreState(jnp.zeros((), jnp.int32), over(start, params), over(zeros, params), over(zeros, params))
+        made = (over(make, params) for make in (start, zeros, zeros, none))
+        return GaLoreState(jnp.zeros((), jnp.int32), *made)
 
     def update(grads, state, params=None):
         del params
@@ -89,13 +98,18 @@ def scale_by_galore(b1: float, b2: float, rank: float, every: int, eps: float = 
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, mu, low)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, low)
 
-        def back(p, m, v, g, like):
+        def one(p, low, m, v, before, g, like):
             step = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
-            whole = _dot("ldr,lrn->ldn", p, step) if _left(g) else _dot("lmr,ldr->lmd", step, p)
-            return whole.reshape(like.shape).astype(like.dtype)
+            rest, norm = _left_out(g, low, step, p, before)
+            return (_back(p, step, g) + rest).reshape(like.shape).astype(like.dtype), norm
 
-        updates = jax.tree.map(back, projection, mu, nu, matrices, grads)
-        return updates, GaLoreState(count, projection, mu, nu)
+        tree = jax.tree.structure(matrices)
+        args = (projection, low, mu, nu, state.rest, matrices, grads)
+        made = [one(*leaves) for leaves in zip(*map(jax.tree.leaves, args), strict=True)]
+        updates, rest = (
+            (jax.tree.unflatten(tree, part) for part in zip(*made, strict=True)) if made else (grads, state.rest)
+        )
+        return updates, GaLoreState(count, projection, mu, nu, rest)
 
     return optax.GradientTransformation(init, update)
 
@@ -122,6 +136,29 @@ def _dot(how: str, a: jax.Array, b: jax.Array) -> jax.Array:
 def _project(p: jax.Array, g: jax.Array) -> jax.Array:
     """G [L,m,n] → R, [L,r,n] or [L,m,r]."""
     return _dot("ldr,ldn->lrn", p, g) if _left(g) else _dot("lmd,ldr->lmr", g, p)
+
+
+def _back(p: jax.Array, low: jax.Array, g: jax.Array) -> jax.Array:
+    """What was projected, in the shape of G [L,m,n]."""
+    return _dot("ldr,lrn->ldn", p, low) if _left(g) else _dot("lmr,ldr->lmd", low, p)
+
+
+def _left_out(
+    g: jax.Array, low: jax.Array, step: jax.Array, p: jax.Array, before: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(what is added of the part of G [L,m,n] that the projection leaves out, its norm [L]).
+
+    Args:
+      low, step: G projected, and Adam's update of it.
+      before: the norm that was returned the step before, 0 at the first.
+    """
+    axis = 1 if _left(g) else 2  # the one that was projected
+    scale = jnp.linalg.norm(step, axis=axis, keepdims=True) / (jnp.linalg.norm(low, axis=axis, keepdims=True) + 1e-30)
+    rest = scale * (g - _back(p, low, g))
+    norm = jnp.linalg.norm(rest, axis=(1, 2))
+    most = jnp.where(before > 0, GROWTH * before, norm)
+    kept = jnp.minimum(norm, most)
+    return rest * (kept / jnp.maximum(norm, 1e-30))[:, None, None], kept
 
 
 def _directions(g: jax.Array, p: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from types import FrameType
 from vidgen.config import ConfigError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LOCK = "lock"  # file of a workdir
 
 
 class StopSignal:
@@ -62,11 +63,14 @@ class StopSignal:
 
 @contextlib.contextmanager
 def only_one(workdir: str) -> Iterator[None]:
-    """Makes the workdir and holds WORKDIR/lock while inside; raises ConfigError if another process does."""
-    path = os.path.join(workdir, "lock")
+    """Makes the workdir and holds WORKDIR/lock while inside, its own number written in it.
+
+    Raises ConfigError if another process holds it.
+    """
+    path = os.path.join(workdir, LOCK)
     try:
         os.makedirs(workdir, exist_ok=True)
-        lock = open(path, "w", encoding="ascii")  # noqa: SIM115 - closed below
+        lock = open(path, "a", encoding="ascii")  # noqa: SIM115 - closed below
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that can be written") from None
     with lock:
@@ -74,4 +78,22 @@ def only_one(workdir: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{workdir}: another vidgen is at work there; wait for it or stop it") from None
+        except OSError as e:
+            raise ConfigError(f"{path}: {e.strerror or e}; expected a disk on which files can be locked") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         yield
+
+
+def holder(workdir: str) -> int | None:
+    """The process of this machine that is in `only_one` of a workdir; None: there is none; 0: it has not said yet."""
+    try:
+        with open(os.path.join(workdir, LOCK), encoding="ascii") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(lock.read() or 0)
+    except OSError:
+        pass
+    return None
