@@ -293,10 +293,10 @@ def _typed(value: Any, like: Any) -> Any:
     return value
 
 
-def load(file: str, changes: dict[str, Any] | None = None) -> ConfigDict:
-    """The config of FILE or FILE:arg, with dotted keys set to other values.
+def called(file: str, flag: str, function: str) -> tuple[str, Any]:
+    """(path, what `function(arg)` returns) of a Python file FILE or FILE:arg, which `flag` of the command line names.
 
-    Raises ConfigError if the file can't be found or read, has no get_config, or a change does not fit.
+    Raises ConfigError if the file can't be found or read, has no such function, or raises anything.
     """
     path, _, arg = file.partition(":")
     if not os.path.isfile(path):
@@ -304,18 +304,26 @@ def load(file: str, changes: dict[str, Any] | None = None) -> ConfigDict:
         there = [f for f in os.listdir(folder) if f.endswith(".py")] if os.path.isdir(folder) else []
         near = difflib.get_close_matches(os.path.basename(path), there, n=1)
         hint = f"; did you mean {os.path.join(os.path.dirname(path), near[0])}?" if near else ""
-        raise ConfigError(f"--config={path}: no such file{hint}")
-    spec = importlib.util.spec_from_file_location("vidgen_config", path)
+        raise ConfigError(f"--{flag}={path}: no such file{hint}")
+    spec = importlib.util.spec_from_file_location(f"vidgen_{flag}", path)
     if spec is None:
-        raise ConfigError(f"--config={path}: expected a Python file, *.py")
+        raise ConfigError(f"--{flag}={path}: expected a Python file, *.py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config(arg)
+        return path, getattr(module, function)(arg)
     except ConfigError:
         raise
     except Exception as e:  # whatever a user's file may raise
-        raise ConfigError(f"--config={path}: {type(e).__name__}: {e}") from e
+        raise ConfigError(f"--{flag}={path}: {type(e).__name__}: {e}") from e
+
+
+def load(file: str, changes: dict[str, Any] | None = None) -> ConfigDict:
+    """The config of FILE or FILE:arg, with dotted keys set to other values.
+
+    Raises ConfigError if the file can't be found or read, has no get_config, or a change does not fit.
+    """
+    path, config = called(file, "config", "get_config")
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"--config={path}: get_config returned {type(config).__name__}; expected a ConfigDict")
     known, found = _leaves(base()).keys(), _leaves(config).keys()

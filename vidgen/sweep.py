@@ -6,7 +6,6 @@ import contextlib
 import csv
 import dataclasses
 import difflib
-import importlib.util
 import io
 import json
 import operator
@@ -136,20 +135,7 @@ def run(
 
 def load(file: str) -> Sweep:
     """The sweep of FILE or FILE:arg; raises ConfigError."""
-    path, _, arg = file.partition(":")
-    if not os.path.isfile(path):
-        raise ConfigError(f"--sweep={path}: no such file")
-    spec = importlib.util.spec_from_file_location("vidgen_sweep", path)
-    if spec is None:
-        raise ConfigError(f"--sweep={path}: expected a Python file, *.py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        found = module.get_sweep(arg)
-    except ConfigError as e:
-        raise ConfigError(f"--sweep={path}: {e}") from None
-    except Exception as e:  # whatever a user's file may raise
-        raise ConfigError(f"--sweep={path}: {type(e).__name__}: {e}") from e
+    path, found = configs.called(file, "sweep", "get_sweep")
     if not isinstance(found, Sweep):
         raise ConfigError(f"--sweep={path}: get_sweep returned {type(found).__name__}; expected a vidgen.sweep.Sweep")
     return found
