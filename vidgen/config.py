@@ -165,9 +165,9 @@ def base() -> ConfigDict:
     c.optimizer = optimizer = ConfigDict()
     optimizer.name = "muon"  # muon: for the matrices inside blocks, AdamW for the rest | adamw | adafactor | galore
     optimizer.groups = ()  # ((path regex, {"lr": factor, "weight_decay": number, "frozen": bool}), …): first match
-    optimizer.galore_rank = 0.25  # of galore: share of a matrix's smaller side that its gradient is projected to
-    optimizer.galore_every = 200  # steps between new projections
-    optimizer.galore_scale = 2.0  # of the update, as projected back; at rank 1/4, 2 gives it the norm of Adam's
+    optimizer.galore_rank = 0.25  # of galore: share of a matrix's smaller side that Adam's moments are kept in
+    optimizer.galore_every = 50  # steps between new projections
+    optimizer.galore_scale = 2.0  # of the update
     optimizer.lr = 1e-3  # peak, of AdamW
     optimizer.muon_lr = 0.02  # peak, of Muon
     optimizer.schedule = "cosine"  # cosine | constant | linear | wsd: constant, then a linear fall over the last fifth

@@ -13,6 +13,7 @@ gradient at first. And the first moment is carried over from the old directions 
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from vidgen.parallel.mesh import path_name
 from vidgen.training.stacks import is_stacked
 
 ITERATIONS = 2  # of the subspace, each time that it is chosen anew
+INSIDE = r"(blocks|text|vae/(en|de)coder/\w+_block\w*)/.*kernel$"  # paths of the kernels that it takes
 GROWTH = 1.01  # of what is added of the part left out, from one step to the next at most
 
 
@@ -45,8 +47,11 @@ class GaLoreState(NamedTuple):
 
 
 def takes(path: str, x: Any, rank: float) -> bool:
-    """Whether an array is a kernel or an embedding of which GaLore has a smaller state than Adam."""
-    if not path.endswith(("kernel", "embedding")) or x.ndim < 2:
+    """Whether an array is a kernel inside blocks of which GaLore has a smaller state than Adam.
+
+    The first and the last layers are Adam's, as in the paper: few numbers, which want all directions.
+    """
+    if not re.match(INSIDE, path) or x.ndim < 2:
         return False
     layers, m, n = _view(path, x.shape)
     r, d = _rank((m, n), rank), min(m, n)

@@ -134,13 +134,22 @@ def _of_layers(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def _galore(c: ConfigDict, lr: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
-    """GaLore for matrices, Adam for what is too small to gain by it."""
+    """GaLore for the matrices inside blocks. Tables that text is looked up in, whose gradients are a few rows, have
+    Adafactor's factored second moment and no first, which is almost nothing to keep; all else, Adam.
+    """
     projected = optax.chain(
         galore.scale_by_galore(c.beta1, c.beta2, c.galore_rank, c.galore_every), optax.scale(c.galore_scale)
     )
-    label = _by_path(lambda path, x: "galore" if galore.takes(path, x, c.galore_rank) else "adam")
+    factored = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED), optax.clip_by_block_rms(1.0))
+
+    def label(path, x):
+        if path.endswith("embedding"):
+            return "factored"
+        return "galore" if galore.takes(path, x, c.galore_rank) else "adam"
+
+    kinds = {"galore": projected, "factored": factored, "adam": optax.scale_by_adam(c.beta1, c.beta2)}
     return optax.chain(
-        optax.partition({"galore": projected, "adam": optax.scale_by_adam(c.beta1, c.beta2)}, label),
+        optax.partition(kinds, _by_path(label)),
         optax.add_decayed_weights(weight_decay, matrices),
         optax.scale_by_learning_rate(lr),
     )
