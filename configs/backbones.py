@@ -1,4 +1,5 @@
-"""The quickstart's task with three backbones of equal parameters: only `config.model` differs.
+"""The quickstart's task with three backbones of equal parameters: `config.model` differs, and the U-ViT takes twice the
+steps.
 
     vidgen train    --config configs/backbones.py:dit  --workdir runs/backbone_dit
     vidgen train    --config configs/backbones.py:uvit --workdir runs/backbone_uvit
