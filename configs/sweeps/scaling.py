@@ -3,9 +3,9 @@
 vidgen sweep --sweep configs/sweeps/scaling.py --output runs/scaling --width 2
 vidgen fit --runs runs/scaling/results.csv
 
-Of its 25 runs 19 were made: no law to plan by yet. They scatter about it by 2.5 %, and what it foretells of 1e12 FLOPs
-from less is 5 to 13 % too high. A token is 192 numbers, and the smaller models are 12 to 48 wide: what they can't put
-out at all is most of their loss, which falls with the width faster than a power law.
+Of its 25 runs 19 were made: no law to plan by yet. They scatter about it by 2.8 % (RMS), and what it foretells of 1e12
+FLOPs from less is up to 13 % too high. A token is 192 numbers, and the smaller models are 12 to 48 wide: what they
+can't put out at all is most of their loss, which falls with the width faster than a power law.
 """
 
 import os
