@@ -7,11 +7,14 @@ not here is an error that names the nearest one. What numbers may be stands in `
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib.util
 import json
 import math
 import os
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -293,12 +296,11 @@ def _typed(value: Any, like: Any) -> Any:
     return value
 
 
-def called(file: str, flag: str, function: str) -> tuple[str, Any]:
-    """(path, what `function(arg)` returns) of a Python file FILE or FILE:arg, which `flag` of the command line names.
+def executed(path: str, flag: str) -> ModuleType:
+    """The module in a Python file that `flag` of the command line names.
 
-    Raises ConfigError if the file can't be found or read, has no such function, or raises anything.
+    Raises ConfigError if the file can't be found or read, or raises anything.
     """
-    path, _, arg = file.partition(":")
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or "."
         there = [f for f in os.listdir(folder) if f.endswith(".py")] if os.path.isdir(folder) else []
@@ -309,13 +311,28 @@ def called(file: str, flag: str, function: str) -> tuple[str, Any]:
     if spec is None:
         raise ConfigError(f"--{flag}={path}: expected a Python file, *.py")
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _told(f"--{flag}={path}"):
         spec.loader.exec_module(module)
+    return module
+
+
+def called(file: str, flag: str, function: str) -> tuple[str, Any]:
+    """(path, what `function(arg)` returns) of a Python file FILE or FILE:arg; raises ConfigError as `executed` does."""
+    path, _, arg = file.partition(":")
+    module = executed(path, flag)
+    with _told(f"--{flag}={path}"):
         return path, getattr(module, function)(arg)
+
+
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Turns whatever a user's file may raise into a ConfigError."""
+    try:
+        yield
     except ConfigError:
         raise
-    except Exception as e:  # whatever a user's file may raise
-        raise ConfigError(f"--{flag}={path}: {type(e).__name__}: {e}") from e
+    except Exception as e:
+        raise ConfigError(f"{where}: {type(e).__name__}: {e}") from e
 
 
 def load(file: str, changes: dict[str, Any] | None = None) -> ConfigDict:

@@ -92,6 +92,11 @@ def level_parameters(m: ConfigDict) -> int:
     return (SINUSOIDS + 1) * m.width + (m.width + 1) * m.width + labels
 
 
+def text_tables(config: ConfigDict) -> int:
+    """Of `text_parameters`, those of tables that are looked up in: they cost no FLOPs."""
+    return (VOCAB + NGRAMS * BUCKETS) * config.text.width if trains(config) else 0
+
+
 def text_parameters(config: ConfigDict) -> int:
     """Of the text encoder over bytes, which trains with the denoiser; 0 for a frozen one."""
     t = config.text
@@ -99,7 +104,7 @@ def text_parameters(config: ConfigDict) -> int:
         return 0
     inner = int(t.width * 4.0)
     layer = 2 * t.width + 4 * t.width**2 + 2 * (t.width // t.heads) + 2 * t.width * inner + inner + t.width
-    return (VOCAB + NGRAMS * BUCKETS) * t.width + t.layers * layer + t.width
+    return text_tables(config) + t.layers * layer + t.width
 
 
 def parameters(config: ConfigDict, features: int) -> int:

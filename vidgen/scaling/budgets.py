@@ -14,7 +14,7 @@ from vidgen import config as configs
 from vidgen.config import ConfigError
 from vidgen.planning import mix
 from vidgen.planning.flops import step_flops
-from vidgen.planning.parameters import BUCKETS, NGRAMS, VOCAB, parameters, trains
+from vidgen.planning.parameters import parameters, text_tables
 from vidgen.scaling import manifest
 from vidgen.scaling.algebra import LABEL, Point, Space, product, settings_of
 from vidgen.tokenizers import base as tokenizers
@@ -48,8 +48,7 @@ def size_of(config: ConfigDict) -> Size:
     typical = mix.typical(config, geometry)
     pairs = typical.pairs(tuple(config.model.window), config.model.full_every)
     flops = step_flops(config, geometry.features, pairs.full, pairs.text, pairs.crossed, pairs.windowed)
-    looked_up = (VOCAB + NGRAMS * BUCKETS) * config.text.width if trains(config) else 0
-    return Size(parameters(config, geometry.features) - looked_up, flops.useful, typical.trained)
+    return Size(parameters(config, geometry.features) - text_tables(config), flops.useful, typical.trained)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -96,11 +95,7 @@ def _member(name: str, parameters: float, config: Any, where: Topology) -> Membe
 
 def sizes(family: str) -> list[str]:
     """The args that a family's config takes; raises ConfigError where it doesn't say."""
-    configs.load(family)  # which names what is wrong with the file
-    spec = importlib.util.spec_from_file_location("vidgen_family", family.partition(":")[0])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = getattr(module, "SIZES", None)
+    found = getattr(configs.executed(family.partition(":")[0], "family"), "SIZES", None)
     if not isinstance(found, dict) or not found or ":" in family:
         raise ConfigError(
             f"--family={family}: expected a config file with a dict SIZES, as configs/dit_video.py has it"
