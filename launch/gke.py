@@ -32,6 +32,7 @@ from vidgen.planning.environment import for_machine  # noqa: E402
 from vidgen.planning.hardware import parse_topology  # noqa: E402
 from vidgen.scaling import jobset  # noqa: E402
 from vidgen.scaling.jobset_schema import check  # noqa: E402
+from vidgen.secrets import redacted  # noqa: E402
 
 
 def main() -> int:
@@ -54,6 +55,11 @@ def run(argv: list[str]) -> int:
         raise ConfigError("--topology is missing: TPUs, like v5p:4x8x8, or 2*v6e:16x16 for two slices")
     if not command:
         raise ConfigError("nothing to run: expected -- and a verb of vidgen, as in -- train --config … --workdir …")
+    if any(redacted(argument) != argument for argument in command):
+        raise ConfigError(
+            "the command holds a credential, which the cluster would show to all who may read it; expected none: give "
+            "the pods a --service_account that may do it"
+        )
     topology = parse_topology(options.topology)
     w = jobset.Workload(
         name=options.name,

@@ -10,7 +10,8 @@ config says: --config.mesh.fsdp=2, say.
 Process 0 speaks on the terminal; each process has its log in WORKDIR/logs/rank-N.log. Ctrl-C, SIGTERM and SIGUSR1 are
 passed on to all; one that gets SIGTERM alone tells the others, so that all save after the same step. When one process
 fails, the others are ended, and the end of its log is shown. The exit status is that of process 0, or of the one that
-failed first. A first argument that ends with .py is a script to run instead of vidgen.
+failed first. No process outlives this one (on Linux). A first argument that ends with .py is a script to run instead of
+vidgen. launch/supervise.py starts all again when one has died.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ import threading
 import time
 from typing import BinaryIO
 
+import descent
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GRACE = 2.0  # seconds that those who are left have to end by themselves when one has failed
+LATE = 60.0  # and when one has stopped, as asked
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # that are passed on
 STOPPED = {128 + number for number in SIGNALS}  # exit status of a run that was asked to stop, and has saved
 TAIL = 15  # lines of the log of a process that failed
@@ -117,6 +121,7 @@ def run(command: list[str], count: int, devices: int, logs: pathlib.Path) -> int
             stdout=pipe,
             stderr=pipe if rank == 0 else subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=descent.bound(),
         )
         ranks.append(process)
         if rank == 0:
@@ -128,18 +133,25 @@ def run(command: list[str], count: int, devices: int, logs: pathlib.Path) -> int
     if asked:  # before all had started
         pass_on(asked[0], None)
 
-    failed = None
+    failed = stopped = None  # the rank that ended first so
     for _ in ranks:
-        rank = ended.get()
+        try:
+            rank = ended.get(timeout=None if stopped is None else LATE)
+        except queue.Empty:  # one is stopped by SIGSTOP, or waits for those that are gone
+            end([p for p in ranks if p.poll() is None], 0)
+            rank = ended.get()
         status = ranks[rank].returncode
-        if failed is None and status and status not in STOPPED and -status not in asked:
+        if status in STOPPED or -status in asked:
+            stopped = rank if stopped is None else stopped
+        elif status and failed is None and stopped is None:  # without one that has stopped the others can't but fail
             failed = rank
-            end([p for p in ranks if p.poll() is None])
+            end([p for p in ranks if p.poll() is None], GRACE)
     for thread in copying:
         thread.join(timeout=5)
-    status = ranks[failed or 0].returncode
     if failed is None:
+        status = ranks[stopped or 0].returncode
         return 128 - status if status < 0 else status
+    status = ranks[failed].returncode
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
     log = logs / f"rank-{failed}.log"
     print(f"local.py: process {failed} of {count} {how}; the others were ended. {log} ends with:", file=sys.stderr)
@@ -196,9 +208,9 @@ def copy(source: BinaryIO, terminal: BinaryIO, log: BinaryIO) -> None:
             pass
 
 
-def end(processes: list[subprocess.Popen]) -> None:
-    """Waits for them, and then no longer: without the one that failed they can't go on, nor save."""
-    until = time.monotonic() + GRACE
+def end(processes: list[subprocess.Popen], seconds: float) -> None:
+    """Waits for them, and then no longer: without the one that has gone they can't go on, nor save."""
+    until = time.monotonic() + seconds
     for process in processes:
         try:
             process.wait(max(until - time.monotonic(), 0))

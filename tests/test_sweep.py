@@ -161,6 +161,8 @@ def test_real_runs_are_trained_judged_and_tabled(tmp_path, tiny):
     found = sweep.run(str(file), output, width=2, retries=0)
     rows = table(output)
     good = rows["good"]
+    levels = [float(good[f"loss/level_{i}"]) for i in range(8)]
+    assert abs(float(good["loss"]) - sum(levels) / 8) < 1e-6
     assert good["status"] == "done" and float(good["loss"]) > 0 and 0 <= float(good["moving_shapes.all_right"]) <= 1
     assert (
         float(good["tokens"]) > 0 and float(good["flops"]) > 6 * float(good["parameters"]) * float(good["tokens"]) / 2

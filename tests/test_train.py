@@ -126,14 +126,108 @@ def test_a_workdir_has_one_run_at_a_time(straight):
         train.run(config(eval_every=3, eval_rows=4, sample_every=6), str(workdir))
 
 
-def test_a_damaged_checkpoint_names_the_older_one(straight, tmp_path):
-    workdir, _ = straight
-    shutil.copytree(workdir / "checkpoints", tmp_path / "checkpoints")
-    for file in (tmp_path / "checkpoints" / "6" / "state").rglob("*"):
+def emptied(checkpoint):
+    """Damages a checkpoint."""
+    for file in (checkpoint / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    with pytest.raises(ConfigError, match="6: the checkpoint cannot be read .*delete it to go on from step 3"):
-        train.run(config(steps=8), str(tmp_path))
+
+
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_used(straight, tmp_path, capsys):
+    workdir, _ = straight
+    shutil.copytree(workdir / "checkpoints", tmp_path / "checkpoints")
+    emptied(tmp_path / "checkpoints" / "6")
+    assert train.run(config(), str(tmp_path)).step == 6
+    told = capsys.readouterr().err
+    assert "Skipping the checkpoint of step 6" in told and "Going on after step 3" in told
+    a, b = saved(workdir, 6), saved(tmp_path, 6)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    assert (tmp_path / "checkpoints" / "6.damaged-1").is_dir()  # kept for who wants to look at it
+    for step in "3", "6":
+        emptied(tmp_path / "checkpoints" / step)
+    with pytest.raises(ConfigError, match="none of the checkpoints is good"):
+        train.run(config(), str(tmp_path))
+
+
+def test_what_a_stop_left_undone_is_made_up_for(straight, tmp_path, capsys):
+    """A checkpoint of step 6 without its held-out loss and its samples, as a stop in between leaves it."""
+    workdir, _ = straight
+    shutil.copytree(workdir / "checkpoints", tmp_path / "checkpoints")
+    rows = metrics.read(str(workdir))
+    bare = [{k: v for k, v in row.items() if not k.startswith("heldout")} for row in rows]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
+    c = config(eval_every=3, eval_rows=4, sample_every=6, steps=7)
+    c.optimizer.schedule = read_config(str(workdir)).optimizer.schedule
+    assert train.run(c, str(tmp_path)).step == 7
+    found = {row["step"]: row for row in metrics.read(str(tmp_path))}
+    assert found[6]["heldout_loss"] == rows[-1]["heldout_loss"] and found[6]["loss"] == rows[-1]["loss"]
+    assert (tmp_path / "samples" / "00000006" / "grid.gif").stat().st_size > 0
+    assert 7 in found and [row["step"] for row in metrics.read(str(tmp_path))] == sorted(found)
+
+
+def test_an_evaluation_is_left_when_a_stop_is_asked_for_and_made_up_for(straight, tmp_path, monkeypatch):
+    workdir, _ = straight
+    signals = []
+
+    class Asked(train.StopSignal):
+        def __init__(self, grace):
+            super().__init__(grace)
+            signals.append(self)
+
+    def heldout(self, n, state, judged=train.Loop._judged):
+        if n == 3 and len(signals) == 1:
+            signals[0].name = "SIGTERM"  # it comes when the evaluation has begun
+        return judged(self, n, state)
+
+    monkeypatch.setattr(train, "StopSignal", Asked)
+    monkeypatch.setattr(train.Loop, "_judged", heldout)
+    c = config(eval_every=3, eval_rows=4, checkpoint_every=100)
+    first = train.run(c, str(tmp_path))
+    assert (first.step, first.stopped_by) == (3, "SIGTERM")
+    assert not any("heldout_loss" in row for row in metrics.read(str(tmp_path)))
+    assert train.run(c, str(tmp_path)).step == 6
+    a, b = ({row["step"]: row.get("heldout_loss") for row in metrics.read(str(w))} for w in (workdir, tmp_path))
+    assert a[3] is not None and (a[3], a[6]) == (b[3], b[6])
+
+
+def test_checkpoints_by_time_are_kept_until_the_next(tmp_path):
+    train.run(config(checkpoint_every=100, checkpoint_minutes=1e-6), str(tmp_path))
+    left = Checkpoints(str(tmp_path))
+    try:
+        assert left.steps == [6]  # each went when there was a newer one
+    finally:
+        left.close()
+    with open(tmp_path / "goodput.jsonl", encoding="utf-8") as f:
+        assert sum("saved" in json.loads(line) for line in f) >= 6
+
+
+def test_a_spike_rolls_the_run_back_and_goes_on_with_other_clips(tmp_path, monkeypatch, capsys):
+    """Losses that stand out from step 40 on: the run goes back to step 30, once, and ends as a run that was killed
+    after that and went on."""
+    taken = []
+
+    def seen(self, n, numbers, real=train.Guards.seen):
+        high = 40 <= n and not self.rollbacks
+        taken.append(n)
+        return real(self, n, {k: v * 100 if high and k == "loss" else v for k, v in numbers.items()})
+
+    monkeypatch.setattr(train.Guards, "seen", seen)
+    c = config(steps=50, checkpoint_every=10, keep=3, spike=3.0, log_every=10)
+    assert train.run(c, str(tmp_path / "a")).step == 50
+    told = capsys.readouterr().err
+    assert "rolled back from step 42 to 30" in told
+    assert taken == [*range(1, 43), *range(31, 51)]
+    assert [row["step"] for row in metrics.read(str(tmp_path / "a"))] == [10, 20, 30, 40, 50]
+    assert (tmp_path / "a" / "checkpoints" / "40.spike-1").is_dir()
+    assert json.loads((tmp_path / "a" / "bad_steps" / "42.json").read_text())["kind"] == "spike"
+
+    # Its checkpoint of step 40 alone knows the way that it took.
+    shutil.copytree(tmp_path / "a" / "checkpoints" / "40", tmp_path / "b" / "checkpoints" / "40")
+    train.run(c, str(tmp_path / "b"))
+    a, b = saved(tmp_path / "a", 50), saved(tmp_path / "b", 50)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 def test_other_clips_are_refused(straight, tmp_path):

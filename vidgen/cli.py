@@ -18,9 +18,10 @@ vidgen trains video generation models.
   vidgen train    --config configs/quickstart.py --workdir runs/a      train, or go on from the newest checkpoint
   vidgen sample   --workdir runs/a --prompt "a red circle moving right" --output a.mp4
   vidgen evaluate --workdir runs/a --suite moving_shapes               what the model gets right
+  vidgen replay   --workdir runs/a --step 1234                         one step again: what each row and clip of it did
   vidgen report   --workdir runs/a                                     runs/a/report.html: curves, samples, figures
   vidgen ingest   --input VIDEOS --output SHARDS                       your own video files, made ready to train on
-  vidgen inspect  SHARDS                                               what is in a data set, and what was dropped
+  vidgen inspect  SHARDS|WORKDIR                                       what is in a data set, or was dropped, and why
   vidgen encode   --config configs/x.py --output LATENTS               a VAE's latents, made once, to train on
   vidgen import   --format diffusers DIR --output WEIGHTS              weights of other projects in
   vidgen export   WEIGHTS --format diffusers --output DIR              and out
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         result = VERBS[name].call(**values)
     except (ConfigError, OSError) as e:
-        _fail(" ".join(str(e).split()), name)
+        from vidgen.parallel.processes import exit_status
+
+        _fail(" ".join(str(e).split()), name, exit_status(e))
     except KeyboardInterrupt:
         print(f"vidgen {name}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -77,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     code = result.pop("exit", 0)
     if as_json:
-        print(json.dumps(plain(result), ensure_ascii=False, default=str))
+        from vidgen.secrets import redacted
+
+        print(json.dumps(redacted(plain(result)), ensure_ascii=False, default=str))
     sys.exit(code)
 
 
@@ -150,9 +155,11 @@ def _help(name: str, verb: Verb) -> str:
     return "\n".join([*lines, f"  --{'json':<13} the last line of stdout is one JSON object"])
 
 
-def _fail(message: str, verb: str = "") -> NoReturn:
-    print(f"vidgen{' ' + verb if verb else ''}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+def _fail(message: str, verb: str = "", status: int = 2) -> NoReturn:
+    from vidgen.secrets import redacted
+
+    print(f"vidgen{' ' + verb if verb else ''}: error: {redacted(message)}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

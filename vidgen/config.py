@@ -19,6 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vidgen import secrets
 from vidgen.ranges import RANGES
 
 
@@ -201,7 +202,16 @@ def base() -> ConfigDict:
     train.steps = 10_000
     train.log_every = 10
     train.checkpoint_every = 1000
-    train.keep = 2  # checkpoints kept, the newest
+    train.checkpoint_minutes = 10.0  # and one whenever so long has passed without, kept until the next; 0: none
+    train.keep = 2  # checkpoints kept, the newest of those by step
+    train.keep_every = 0  # steps whose multiples are kept for good; 0: none
+    train.best = ""  # figure of the held-out clips, heldout_loss say, of which the best checkpoint is kept too
+    train.checkpoints = ""  # directory or URL (gs://…, s3://…) that they lie in; empty: WORKDIR/checkpoints
+    train.spike = 0.0  # a loss so many times its running mean, for several steps, rolls the run back; 0: never
+    train.rollbacks = 3  # how often, before the run gives up
+    train.recheck_every = 0  # steps between checks that hardware gives the same bits twice; 0: never
+    train.hang = 600.0  # seconds without a step after which a process says who is missing, and ends; 0: never
+    train.grace = 30.0  # seconds after SIGTERM within which a run has saved, or ends
     train.eval_every = 0  # 0: never; held-out loss on a fixed grid of noise levels
     train.eval_rows = 16  # rounded up to whole steps
     train.sample_every = 0  # 0: never
@@ -226,7 +236,12 @@ def base() -> ConfigDict:
 
 
 def check(c: ConfigDict) -> None:
-    """Raises ConfigError for a number outside its range, naming the nearest inside."""
+    """Raises ConfigError for a number outside its range, naming the nearest inside, and for a credential."""
+    if held := secrets.credentials(_leaves(c)):
+        raise ConfigError(
+            f"config.{held[0]} holds a credential, and a run keeps its config on disk; expected none: leave it to the "
+            "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, WANDB_API_KEY, …)"
+        )
     for key, value in _leaves(c).items():
         least, most = RANGES.get(key, (-math.inf, math.inf))
         if isinstance(value, int | float) and not least <= value <= most:

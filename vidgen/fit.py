@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from vidgen.config import ConfigError
@@ -23,6 +24,7 @@ def run(
     runs: str,
     output: str = "",
     *,
+    loss: Sequence[str] = ("loss",),
     holdout: bool = True,
     topology: str = "",
     family: str = "",
@@ -34,6 +36,7 @@ def run(
     Args:
       runs: a CSV or Parquet file, a run a row; its columns are those of `vidgen.scaling.table.read`.
       output: directory of the report; the table's own unless given.
+      loss: columns whose mean is the loss of a run.
       holdout: also fit without the largest budget, and predict it.
       topology: v5p:8x8x8: the compute-optimal table gets days on it, by the estimates of `vidgen plan --abstract`.
       family: config file with the sizes to estimate with; configs/dit_video.py unless given.
@@ -55,7 +58,7 @@ def run(
         raise ConfigError(f"--price={price}: expected what a chip-hour costs, 0 or more")
     if seed < 0:
         raise ConfigError(f"--seed={seed}: expected 0 or more")
-    found = study(table.read(runs), hold_out=holdout, seed=seed)
+    found = study(table.read(runs, loss), hold_out=holdout, seed=seed)
     plans = []
     if topology:
         from vidgen.scaling import pods  # imports JAX
@@ -64,7 +67,7 @@ def run(
         plans = [pod.of(row) for row in found.rows]
     folder = output or os.path.dirname(runs) or "."
     files = {"report": os.path.join(folder, "report.html"), "plot": os.path.join(folder, "law.svg")}
-    media.write(files["report"], pages.report(found, os.path.basename(runs), topology, plans).encode())
+    media.write(files["report"], pages.report(found, _title(runs, loss), topology, plans).encode())
     media.write(files["plot"], pages.picture(found).encode())
     print(summary(found, topology, plans))
     for path in files.values():
@@ -73,6 +76,11 @@ def run(
     if plans:
         facts["optimal"] = [row | plan for row, plan in zip(facts["optimal"], plans, strict=True)]
     return plain(facts | files | {"topology": topology or None})
+
+
+def _title(runs: str, loss: Sequence[str]) -> str:
+    """Of the report."""
+    return os.path.basename(runs) + ("" if tuple(loss) == ("loss",) else f", the mean of {', '.join(loss)}")
 
 
 def summary(found: Study, topology: str, plans: list[dict[str, Any]]) -> str:

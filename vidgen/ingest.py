@@ -258,7 +258,7 @@ def _write(entries: list[Entry], settings: Settings, work: Path, threads: int) -
     writer, reasons = ShardWriter(work), collections.Counter()
     accepted, clips, frames, seconds, leftover = 0, 0, 0, 0.0, 0
     seen = collections.Counter()
-    sizes = [e.path.stat().st_size if e.path.is_file() else 0 for e in entries]
+    sizes = [stat.st_size if (stat := _stat(e.path)) else 0 for e in entries]
     progress, read = Progress("ingest", sum(sizes)), 0
     with (
         _ordered(entries, settings, work, threads) as results,
@@ -366,10 +366,18 @@ def _identity(entries: list[Entry], settings: Settings) -> str:
     """A hash of all that decides the result."""
     digest = hashlib.sha256(json.dumps(vars(settings)).encode())
     for e in entries:
-        stat = e.path.stat() if e.path.is_file() else None
+        stat = _stat(e.path)
         file = (stat.st_size, stat.st_mtime_ns) if stat else ()
         digest.update(json.dumps([e.source, e.caption, e.start, e.end, e.problem, file]).encode())
     return digest.hexdigest()
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """None where there is no such file, or can't be one."""
+    try:
+        return path.stat() if path.is_file() else None
+    except OSError:  # a name that is too long
+        return None
 
 
 def _check(s: Settings) -> None:

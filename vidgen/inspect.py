@@ -1,4 +1,6 @@
-"""What is in a set of clips, what was dropped and why, and a contact sheet to look at."""
+"""What is in a set of clips, what was dropped and why, and a contact sheet to look at; of a workdir, what its run could
+not read.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from vidgen.config import ConfigError, base
+from vidgen.data import quarantine
 from vidgen.data.clip import BadClip, Clip
 from vidgen.data.decode import encode_png
 from vidgen.data.sources import Source, open_source
@@ -38,7 +41,8 @@ def run(dataset: str, output: str = "") -> dict:
     """Prints what `dataset` holds and writes contact_sheet.png and contact_sheet.html.
 
     Args:
-      dataset: a directory of shards, tfds:NAME[/CONFIG][:VERSION], or moving_shapes.
+      dataset: a directory of shards, tfds:NAME[/CONFIG][:VERSION], or moving_shapes. Or the workdir of a run: then what
+        is printed, and returned, is what `unreadable` says.
       output: directory of the contact sheet; empty: the directory of shards, or the current one.
 
     Returns:
@@ -49,6 +53,10 @@ def run(dataset: str, output: str = "") -> dict:
 
     Raises ConfigError for a dataset that isn't there, and a place that cannot be written.
     """
+    if os.path.isfile(os.path.join(dataset, "config.json")):
+        report = unreadable(dataset)
+        print(_unreadable_text(report))
+        return report
     data = base().data
     data.source = dataset
     source = open_source(data, "train")
@@ -82,6 +90,26 @@ def run(dataset: str, output: str = "") -> dict:
     report["contact_sheet"] = str(sheet)
     print(_text(report))
     return report
+
+
+def unreadable(workdir: str) -> dict:
+    """What a run could not read: {"workdir", "quarantined", "reasons": {reason: clips}, "clips": all of them}.
+
+    A clip is {"name", "index", "reason", "step"}: `step` is the first that missed it.
+    """
+    clips = quarantine.read(workdir)
+    reasons = dict(collections.Counter(clip["reason"] for clip in clips).most_common())
+    return {"workdir": workdir, "quarantined": len(clips), "reasons": reasons, "clips": clips}
+
+
+def _unreadable_text(report: dict) -> str:
+    clips = report["clips"]
+    lines = [f"{report['workdir']}: {len(clips) or 'none'} of the clips that the run came to could not be read"]
+    lines += [f"  {n:>8}  {reason}" for reason, n in report["reasons"].items()]
+    lines += [f"  {c['name']} (index {c['index']}): {c['reason']}, first at step {c['step']}" for c in clips[:SHOWN]]
+    if len(clips) > SHOWN:
+        lines.append(f"all of them: {os.path.join(report['workdir'], quarantine.FILE)}")
+    return "\n".join(lines)
 
 
 def script(text: str) -> str:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -143,6 +143,7 @@ def draw(
     zipped: bool = False,
     given: Given | Sequence[Given | None] | None = None,
     noise: np.ndarray | None = None,
+    pause: Callable[[], None] = lambda: None,
 ) -> list[np.ndarray]:
     """Clips [T,H,W,3] u8 for each prompt and, within it, each seed, at the size of `config.sample`.
 
@@ -155,6 +156,7 @@ def draw(
       given: frames to start from, to end at or to go on from: for all clips, or one for each prompt.
       noise: [clips,t,y,x,C] standard normal latents to start from, of the size that is drawn, in the clips' order;
         None: each seed's own.
+      pause: called before each batch of clips, by all processes alike; what it raises ends the drawing.
 
     Raises ConfigError where the model can't be given that.
     """
@@ -181,6 +183,7 @@ def draw(
     )
     videos = []
     for first in range(0, len(wanted), at_once):
+        pause()
         chunk = wanted[first : first + at_once]
         padded = chunk + [chunk[-1]] * (at_once - len(chunk))
         rows = clip_rows(config, geometry, [texts[p] for p, _, _ in padded], size, length, tokens)
@@ -195,6 +198,7 @@ def draw(
             rows, empty, keys, start = processes.put((rows, empty, keys, start), (where, where, *others))
         video = np.asarray(sampler(params, rows, empty, keys, start))[: len(chunk)]
         if generator.tokenizer.learned:
+            pause()
             video = np.concatenate([media.to_u8(generator.tokenizer.decode_tokens(one[None], grid)) for one in video])
         video = video[:, : s.frames]
         y, x = (size[1] - s.height) // 2, (size[2] - s.width) // 2

@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
 def measured(sweep: Manifest, run: Run, workdir: str) -> dict[str, Any]:
     """Trains and judges; the figures, or "stopped" "by" a signal that came first.
 
-    A run whose loss is not finite has failed; what it is worth otherwise is its held-out loss at the last step.
+    A run whose loss is not finite has failed; what it is worth otherwise is its held-out loss at the last step,
+    the mean over the noise levels; `loss/level_0` and so on are the loss at each.
     """
     config = configs.load(sweep.config, run.settings)
     size = budgets.size_of(config)
@@ -71,7 +72,7 @@ def measured(sweep: Manifest, run: Run, workdir: str) -> dict[str, Any]:
         "loss": rows[-1].get("heldout_loss"),
         "steps": config.train.steps,
         "seconds": seconds(rows),
-    }
+    } | {f"loss/{key.partition('/')[2]}": value for key, value in rows[-1].items() if key.startswith("heldout_loss/")}
     if not manifest.finite(figures["loss"]):
         return {
             "status": "failed",

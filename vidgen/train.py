@@ -10,22 +10,27 @@ import os
 import platform
 import signal
 import sys
-import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from vidgen import config as configs
-from vidgen import train_denoiser, train_vae
+from vidgen import secrets, train_denoiser, train_vae
 from vidgen.config import ConfigError, to_json
-from vidgen.parallel import processes
+from vidgen.data.quarantine import Quarantine
+from vidgen.parallel import fingerprints, processes
 from vidgen.planning.hardware import peak_flops
 from vidgen.studio import media
-from vidgen.training import optimizers, restored
+from vidgen.training import checkpoint, guards, metrics, optimizers, provenance, restored
+from vidgen.training import loop as loops
 from vidgen.training import state as states
 from vidgen.training.checkpoint import Checkpoints, check_config, write_config
 from vidgen.training.course import Course
+from vidgen.training.goodput import Ledger
+from vidgen.training.guards import Guards
+from vidgen.training.loop import Loop
 from vidgen.training.meter import Meter
 from vidgen.training.metrics import MetricWriter, Progress
 from vidgen.training.profiler import Profiler
@@ -33,6 +38,7 @@ from vidgen.training.program import Program, build, task_of
 from vidgen.training.resilience import StopSignal, only_one
 from vidgen.training.start import check_digest
 from vidgen.training.state import TrainState
+from vidgen.training.watchdog import Watchdog
 
 COURSES = {"denoiser": train_denoiser, "vae": train_vae}
 
@@ -62,99 +68,62 @@ def run(config: ConfigDict, workdir: str) -> Result:
     ends, and with it the others.
     """
     check(config)
-    processes.start()
     # The stack outside: a process that fails ends before what it has open waits for the others.
-    with contextlib.ExitStack() as stack, processes.as_one("train"):
-        return _run(_settled(config), workdir, stack)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal(config.train.grace))
+        stop.nothing_to_lose = True  # until the first step is taken
+        processes.start()
+        with processes.as_one("train"):
+            return _run(_settled(config), workdir, stack, stop)
 
 
-def _run(config: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Result:
+def _run(config: ConfigDict, workdir: str, stack: contextlib.ExitStack, stop: StopSignal) -> Result:
     lead, total = processes.is_lead(), config.train.steps
     program = build(config, task_of(config).mesh(config))
     course = COURSES[config.task].course(program)
 
     changed = _claim(workdir, config, stack)
-    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.train.keep)))
-    state, facts = begin(program, course, checkpoints)
+    progress = stack.enter_context(contextlib.closing(Progress(total, stream=sys.stderr if lead else io.StringIO())))
+    ledger = stack.enter_context(contextlib.closing(Ledger(workdir if lead else "", say=progress.say)))
+    watch = stack.enter_context(Watchdog(workdir, config.train.hang))
+    _compare(program, course)
+    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.train)))
+    state, facts = begin(program, course, checkpoints, progress.say)
     start = int(state.step)
-    progress = stack.enter_context(contextlib.closing(Progress(total, start, sys.stderr if lead else io.StringIO())))
     if start >= total:
         progress.say(f"Already at step {start} of {total}: nothing to do")
         return Result(start, "", {})
     if start and "train.steps" in changed and config.optimizer.schedule != "constant":
         progress.say("config.train.steps has changed, and the learning rate's schedule with it")
+    ledger.resumed(start)
+    owed = processes.agree(_owed(start, config, workdir))
     writer = None
     if lead:
-        writer = MetricWriter(workdir, wandb_project=config.train.wandb, config_json=to_json(config))
+        writer = MetricWriter(workdir, wandb_project=config.train.wandb, config_json=to_json(config), say=progress.say)
         stack.enter_context(contextlib.closing(writer)).resume(start + 1)
-    meter = _introduce(program, course, workdir, state, facts["tokens_seen"], progress)
-    profiler = stack.enter_context(contextlib.closing(Profiler(config.train.profile_steps if lead else (), workdir)))
-    stop = stack.enter_context(StopSignal())
-    batches = stack.enter_context(course.batches(start))
-    last: dict[str, float] = {}
-
-    def finish(n: int, metrics: dict[str, jax.Array], more: dict[str, float]) -> None:
-        """Takes the numbers of step n, and writes them where they are due."""
-        nonlocal last
-        meter.done(n, metrics)
-        if more or _due(n, config.train.log_every, total):
-            checkpoints.check()
-            last = meter.row() | more
-            if writer:
-                writer.scalars(n, last)
-            progress.update(n, last)
-
-    compiled = set()
-
-    def taken(n: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Step n, whose compilation, where it is the first of its kind, is no part of the run's speed."""
-        step, clock = program.step_after(n - 1), time.perf_counter()
-        result = step(state, batch)
-        kind = (step, *(x.shape for x in jax.tree.leaves(batch)))
-        if kind not in compiled:
-            compiled.add(kind)
-            meter.aside(time.perf_counter() - clock)
-        return result
-
-    pulse = processes.Pulse(2)
-    n, late, stopped_by, unreadable = start, None, 0, 0
-    while n < total and not stopped_by:
-        n += 1
-        profiler.before(n)
-        batch, info = next(batches)
-        state, metrics = taken(n, state, batch)
-        meter.fed(info if processes.alone() else dataclasses.replace(info, bad={"see the logs": unreadable}))
-        # One step late: the device has step n to do while the host waits for the numbers of n - 1.
-        if late:
-            finish(*late, {})
-        late = (n, metrics)
-        profiler.after(n, metrics)
-        told = pulse(stop.number, sum(info.bad.values()))
-        stopped_by, unreadable = int(told[:, 0].max()), int(told[:, 1].sum())
-
-        # The next step takes over the state's memory, so what looks at the state does it now.
-        save = stopped_by or _due(n, config.train.checkpoint_every, total)
-        draw, judge = _due(n, config.train.sample_every), _due(n, config.train.eval_every)
-        if save or draw or judge:
-            jax.block_until_ready(metrics)
-            clock = time.perf_counter()
-            more = course.heldout(program.averaged(state)) if judge else {}
-            meter.aside(time.perf_counter() - clock)
-            finish(*late, more)
-            late = None
-            clock = time.perf_counter()
-            if save:
-                more = course.publish(state.ema, workdir)
-                checkpoints.save(state, facts | {"tokens_seen": meter.tokens_seen} | more)
-            if draw:
-                course.draw(program.averaged(state), n, workdir, writer)
-            meter.aside(time.perf_counter() - clock)
-    checkpoints.wait()
-    if stopped_by and n < total:
-        name = signal.Signals(stopped_by).name
+    loop = Loop(
+        program=program,
+        course=course,
+        workdir=workdir,
+        facts=facts,
+        checkpoints=checkpoints,
+        guards=Guards(config, facts),
+        meter=_introduce(program, course, workdir, state, facts["tokens_seen"], progress),
+        ledger=ledger,
+        watch=watch,
+        stop=stop,
+        progress=progress,
+        profiler=stack.enter_context(contextlib.closing(Profiler(_window(config), workdir))),
+        quarantine=stack.enter_context(contextlib.closing(Quarantine(workdir, jax.process_index()))),
+        writer=writer,
+    )
+    if any(owed):
+        loop.make_up(state, *owed)
+    n = loop.run(state)
+    name = signal.Signals(loop.stopped_by).name if loop.stopped_by and n < total else ""
+    if name:
         progress.say(f"Stopped by {name} after step {n}; all is saved. The same command goes on from there.")
-        return Result(n, name, last)
-    return Result(n, "", last)
+    return Result(n, name, loop.last)
 
 
 def check(config: ConfigDict) -> None:
@@ -162,6 +131,8 @@ def check(config: ConfigDict) -> None:
     configs.check(config)
     task_of(config).check(config)
     COURSES[config.task].check(config)
+    guards.check(config)
+    checkpoint.check(config)
     window = tuple(config.train.profile_steps)
     if window and (len(window) != 2 or any(type(n) is not int for n in window) or not 1 <= window[0] <= window[1]):
         raise ConfigError(f"config.train.profile_steps={window}: expected (first, last)")
@@ -196,19 +167,49 @@ def _claim(workdir: str, config: ConfigDict, stack: contextlib.ExitStack) -> lis
     return changed
 
 
-def begin(program: Program, course: Course, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+def _compare(program: Program, course: Course) -> None:
+    """Raises ConfigError on all processes, naming the odd one, unless they are about to do the same."""
+    if processes.alone():
+        return
+    lowered = program.step.lower(program.state_like, program.batch_like)
+    own = {"config": to_json(program.config), "data": course.source.fingerprint, "step": lowered.as_text()}
+    fingerprints.compare(fingerprints.here() | {name: fingerprints.of(text) for name, text in own.items()})
+
+
+def _owed(start: int, config: ConfigDict, workdir: str) -> tuple[bool, bool]:
+    """(whether to judge, whether to draw): what was due after `start` steps, and a stop or a kill came before it."""
+    if not start or not processes.is_lead():
+        return False, False
+    judged = any(name.startswith("heldout_") for r in metrics.read(workdir) if r["step"] == start for name in r)
+    drawn = os.path.isdir(os.path.join(workdir, "samples", f"{start:08d}"))
+    judge, draw = (0 < every and start % every == 0 for every in (config.train.eval_every, config.train.sample_every))
+    return judge and not judged, draw and not drawn
+
+
+def _window(config: ConfigDict) -> tuple[int, ...]:
+    """The steps that this process traces."""
+    return tuple(config.train.profile_steps) if processes.is_lead() else ()
+
+
+def begin(
+    program: Program, course: Course, checkpoints: Checkpoints, say: Callable[[str], None]
+) -> tuple[TrainState, dict[str, Any]]:
     """(state, facts that checkpoints keep): made or restored straight into the shardings of the program.
 
-    Raises ConfigError if the newest checkpoint was trained on other clips, on latents of another VAE or text of another
-    encoder, or from other weights.
+    `say` is told of checkpoints that are damaged, of which the newest good one is taken, and of another code version.
+
+    Raises ConfigError if it was trained on other clips, on latents of another VAE or text of another encoder, or from
+    other weights, and where there are checkpoints and none is good.
     """
     start = program.task.start
     own = {"fingerprint": course.source.fingerprint, "tokenizer": course.tokenizer, "text": course.text}
     own["weights"] = start.digest if start else ""
-    latest = processes.agree(checkpoints.latest)  # listings of a shared disk may differ for a moment
+    latest = checkpoints.newest_good(say)
     if latest is None:
         return program.init(), own | {"tokens_seen": 0.0}
     facts = checkpoints.facts(latest)
+    if other := provenance.compare(facts, f"{checkpoints.where}/{latest}"):
+        say(other)
     restored.check_tokenizer(course.tokenizer, facts, program.config.tokenizer.weights)
     check_digest(program.config, start, facts)
     restored.check_text(course.text, facts, program.config.text.weights)
@@ -217,11 +218,7 @@ def begin(program: Program, course: Course, checkpoints: Checkpoints) -> tuple[T
             f"config.data.source={program.config.data.source}: not the clips that the checkpoint at step {latest} was "
             "trained on, so the run can't go on exactly; take another --workdir, or the clips as they were"
         )
-    return checkpoints.restore(latest, program.state_like).replace(frozen=program.frozen()), facts | own
-
-
-def _due(n: int, every: int, last: int = 0) -> bool:
-    return n == last or (every > 0 and n % every == 0)
+    return loops.restored(program, checkpoints, latest), facts | own
 
 
 def _introduce(
@@ -251,7 +248,7 @@ def _introduce(
         facts["groups"] = partition.table()
     if processes.is_lead():
         for name, value in ({"environment": facts} | told.files).items():
-            media.write(os.path.join(workdir, f"{name}.json"), json.dumps(value, indent=2).encode())
+            media.write(os.path.join(workdir, f"{name}.json"), json.dumps(secrets.redacted(value), indent=2).encode())
     some = f", {trained:,} of which train," if trained < parameters else ""
     progress.say(
         f"{parameters / 1e6:.1f} M parameters{some} on {facts['devices']}, jax {jax.__version__}, {facts['mesh']}"

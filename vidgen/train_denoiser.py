@@ -22,7 +22,7 @@ from vidgen.planning.mix import Mix
 from vidgen.studio import media
 from vidgen.tokenizers import base as tokenizers
 from vidgen.training import restored
-from vidgen.training.course import Course, Introduction
+from vidgen.training.course import Course, Introduction, Pause
 from vidgen.training.metrics import MetricWriter, si
 from vidgen.training.program import Program
 
@@ -62,7 +62,7 @@ def course(program: Program) -> Course:
         batches=lambda start: feed.batches(source, packing, tokenizer, config, start, mesh, text),
         introduce=lambda start: introduce(program, source, packing, start),
         heldout=heldout_loss(config, program.generator, mesh) if config.train.eval_every else None,
-        draw=lambda params, n, workdir, writer: draw(program, params, n, workdir, writer),
+        draw=lambda params, n, workdir, writer, pause: draw(program, params, n, workdir, writer, pause),
         publish=lambda params, workdir: {},
         text=text.digest if text else "",
     )
@@ -99,16 +99,19 @@ def _mix(program: Program, source: Source, packing: Packing, steps: range) -> Mi
     return Mix("", grids, program.config.rows.tokens, len(steps), tick)
 
 
-def draw(program: Program, params: Any, n: int, workdir: str, writer: MetricWriter | None) -> None:
+def draw(
+    program: Program, params: Any, n: int, workdir: str, writer: MetricWriter | None, pause: Pause
+) -> None:
     """Samples of `sample.prompts`, a row each, into WORKDIR/samples/<step>/ and TensorBoard."""
     config = program.config
     prompts, seeds = list(config.sample.prompts), range(4)
     params = restored.with_expert(config, program.generator, params)  # read anew: training has no room for it
-    videos = sample.draw(config, program.generator, params, prompts, seeds=seeds)
+    videos = sample.draw(config, program.generator, params, prompts, seeds=seeds, pause=pause)
     if writer is None:
         return
     shown = media.grid(videos, columns=len(seeds), scale=sample.scale_for(config.sample.width))
     folder = os.path.join(workdir, "samples", f"{n:08d}")
     about = config.sample.to_dict() | {"prompts": prompts, "seeds": list(seeds), "step": n}
-    sample.write_grid(os.path.join(folder, "grid"), shown, config.sample.fps, f"{folder}/prompts.json", about)
+    with media.best_effort(workdir, n, "the samples"):
+        sample.write_grid(os.path.join(folder, "grid"), shown, config.sample.fps, f"{folder}/prompts.json", about)
     writer.videos(n, {"samples": shown}, config.sample.fps)

@@ -29,7 +29,7 @@ from vidgen.studio import media
 from vidgen.tokenizers import chunked
 from vidgen.tokenizers.vae import CausalVAE
 from vidgen.training.autoencoding import shapes, stride
-from vidgen.training.course import Course, Introduction
+from vidgen.training.course import Course, Introduction, Pause
 from vidgen.training.metrics import MetricWriter, si
 from vidgen.training.program import Program
 
@@ -58,7 +58,7 @@ def course(program: Program) -> Course:
         batches=lambda start: chunks.batches(source, plan, config.data, start, mesh),
         introduce=lambda start: introduce(program, source, plan, start),
         heldout=heldout(program) if config.train.eval_every else None,
-        draw=lambda params, n, workdir, writer: draw(program, params["vae"], n, workdir, writer),
+        draw=lambda params, n, workdir, writer, pause: draw(program, params["vae"], n, workdir, writer, pause),
         publish=publisher(program, source, plan),
     )
 
@@ -104,7 +104,7 @@ def useful_flops(vae: CausalVAE, shape: Shape) -> float:
 
 
 def heldout(program: Program) -> Any:
-    """averaged weights → {"heldout_psnr", "heldout_l1", "heldout_l2", "heldout_kl", "heldout_loss",
+    """(averaged weights, pause) → {"heldout_psnr", "heldout_l1", "heldout_l2", "heldout_kl", "heldout_loss",
     "heldout_unreadable"}, and "heldout_psnr/17x64x64" where there are several shapes.
 
     The same `train.eval_rows` chunks of each shape every time, rounded up to whole batches, of clips that are held out
@@ -122,13 +122,14 @@ def heldout(program: Program) -> Any:
     vae, c = program.task.model, config.reconstruction
     sums = _whole(program, lambda params, batch: reconstruction.heldout_sums(vae, params, batch, c))
 
-    def figures(params: Any) -> dict[str, float]:
+    def figures(params: Any, pause: Pause) -> dict[str, float]:
         found, unreadable = {}, 0.0
         for plan in plans:
             (shape,) = plan.shapes
             total: dict[str, float] = {}
             steps = -(-config.train.eval_rows // shape.count)
             for n in range(steps):
+                pause()
                 for name, value in jax.device_get(sums(params["vae"], chunks.load(source, plan, n, mesh))).items():
                     total[name] = total.get(name, 0.0) + float(value)
             unreadable += steps * shape.count - total["chunks"]
@@ -191,7 +192,7 @@ def _gather(mesh: Mesh) -> Any:
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
 
-def draw(program: Program, params: Any, n: int, workdir: str, writer: MetricWriter | None) -> None:
+def draw(program: Program, params: Any, n: int, workdir: str, writer: MetricWriter | None, pause: Pause) -> None:
     """Held-out clips, their reconstructions and the error between, a row each, into WORKDIR/samples/<step>/.
 
     As large as they are, up to the VAE's multiples; the first process does it alone.
@@ -205,6 +206,8 @@ def draw(program: Program, params: Any, n: int, workdir: str, writer: MetricWrit
     fits = Geometry(vae.config.stride, (1, 1, 1), vae.config.z_dim)
     rows, labels, left_out = [], [], []
     for i in range(min(PICTURES, len(source.sizes))):
+        if processes.alone():  # else the others don't wait here, and are not to be left alone later
+            pause()
         try:
             video = read_clip(source, i, 0).video
         except BadClip as error:
@@ -227,9 +230,10 @@ def draw(program: Program, params: Any, n: int, workdir: str, writer: MetricWrit
     shown = media.grid(rows, scale=max(1, WIDEST // (3 * widest)))
     fps = float(source.sizes.fps[0])
     folder = os.path.join(workdir, "samples", f"{n:08d}")
-    for suffix in ("mp4", "gif"):
-        media.save_video(os.path.join(folder, f"grid.{suffix}"), shown, fps)
     columns = ["original", "reconstruction", f"error x {ERROR}"]
     about = {"step": n, "prompts": labels, "columns": columns, "left_out": left_out}
-    media.write(os.path.join(folder, "prompts.json"), json.dumps(about, indent=2, ensure_ascii=False).encode())
+    with media.best_effort(workdir, n, "the pictures"):
+        for suffix in ("mp4", "gif"):
+            media.save_video(os.path.join(folder, f"grid.{suffix}"), shown, fps)
+        media.write(os.path.join(folder, "prompts.json"), json.dumps(about, indent=2, ensure_ascii=False).encode())
     writer.videos(n, {"samples": shown}, fps)

@@ -64,6 +64,14 @@ def _evaluate(tokenizer: list[str], input: list[str], size: list[str], **rest: A
     return evaluate.brief(results)
 
 
+def _replay(workdir: str, step: int) -> dict[str, Any]:
+    from vidgen import replay
+
+    found = replay.run(workdir, step)
+    print(replay.table(found))
+    return {name: value for name, value in found.items() if name != "rows"}
+
+
 def _report(workdir: str) -> dict[str, Any]:
     from vidgen.studio import report
 
@@ -114,11 +122,11 @@ def _sweep(**rest: Any) -> dict[str, Any]:
     return dataclasses.asdict(result) | {"exit": 1 if result.failed else 0}
 
 
-def _fit(**rest: Any) -> dict[str, Any]:
+def _fit(loss: str, **rest: Any) -> dict[str, Any]:
     os.environ["JAX_PLATFORMS"] = "cpu"  # as for a plan, whose estimates this may show
     from vidgen import fit
 
-    return fit.run(**rest)
+    return fit.run(loss=tuple(column.strip() for column in loss.split(",")), **rest)
 
 
 def _plan(
@@ -229,6 +237,16 @@ VERBS = {
             *_DRAWING,
         ),
     ),
+    "replay": Verb(
+        _replay,
+        "Takes one step of a run again, from the newest checkpoint before it, and says what each row and clip of it "
+        "did: for a step that was skipped, whose clips are in WORKDIR/bad_steps, or a loss that jumped. Writes "
+        "WORKDIR/replay/STEP: replay.json, and the rows that stand out as clips.gif and .mp4.",
+        (
+            _WORKDIR,
+            Flag("step", int, "Which, from 1; on the run's own mesh it has the same bits as then.", required=True),
+        ),
+    ),
     "report": Verb(_report, "Writes WORKDIR/report.html, one file with everything in it.", (_WORKDIR,)),
     "ingest": Verb(
         _ingest,
@@ -314,6 +332,12 @@ VERBS = {
                 required=True,
             ),
             Flag("output", str, "Directory of the report; the table's own unless given.", ""),
+            Flag(
+                "loss",
+                str,
+                "Columns whose mean is fitted, with commas between: loss/level_0,loss/level_1 for low noise alone.",
+                "loss",
+            ),
             Flag("holdout", bool, "Also fits without the largest budget and predicts it; --noholdout: no.", True),
             Flag("topology", str, "v5p:8x8x8: adds days on it, by estimates, to what to train with more compute.", ""),
             Flag("family", str, "Config file with the SIZES to estimate; configs/dit_video.py unless given.", ""),
@@ -351,7 +375,8 @@ VERBS = {
     ),
     "inspect": Verb(
         _inspect,
-        "Prints what is in a data set and what was dropped and why, and writes a contact sheet.",
+        "Prints what is in a data set and what was dropped and why, and writes a contact sheet; of a run's workdir, "
+        "which clips it could not read, and why.",
         (Flag("output", str, "Directory of the contact sheet; the data set's own unless given.", ""),),
         positional="dataset",
     ),

@@ -1,9 +1,11 @@
 """Several processes train as one: the same clips, noise and losses as one, and one end for all."""
 
+import errno
 import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -248,6 +250,7 @@ try:
     processes.barrier("to have done what takes long", 0.5)
 except ConfigError as e:
     print("told:", e)
+    print("leaves with", processes.exit_status(e))
 """
 
 
@@ -256,14 +259,100 @@ def test_two_processes_agree_and_wait_for_each_other_only_so_long(tmp_path):
     process = local(2, 1, f"--logs={tmp_path}", "--", tmp_path / "meeting.py")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, out + err
-    assert "told: waited up to 0.5 s for all 2 processes: to have done what takes long, in vain" in out
+    told = next(line for line in out.splitlines() if line.startswith("told: "))
+    assert told.startswith("told: waited up to 0.5 s for all 2 processes to have done what takes long, in vain: ")
+    assert re.search(r": process 1 \(pid \d+ on \S+\) did not come$", told)
+    assert "leaves with 75" in out
+
+
+STOPPED_COORDINATOR = """
+import os, signal, time
+from vidgen.config import ConfigError
+from vidgen.parallel import processes
+processes.ASKING = 0.5
+processes.start()
+processes.barrier("to be here")
+time.sleep(1)  # until both have heard that both are here
+if processes.is_lead():
+    os.kill(os.getpid(), signal.SIGSTOP)
+time.sleep(0.5)
+try:
+    processes.barrier("to have done it", 0.5)
+except ConfigError as e:
+    print("told:", e, flush=True)
+os._exit(5)
+"""
+
+
+def test_a_coordinator_that_is_stopped_is_not_waited_for_longer(tmp_path):
+    (tmp_path / "stopped.py").write_text(STOPPED_COORDINATOR)
+    process = local(2, 1, f"--logs={tmp_path}", "--", tmp_path / "stopped.py")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 5
+    assert "told: waited up to 0.5 s for all 2 processes to have done it, in vain: process 0, the coord" in err
+
+
+NOTICE = """
+import os, signal, sys, time
+import jax
+from vidgen.parallel import processes
+from vidgen.training.resilience import Breaks, Interrupted, StopSignal
+rank = int(os.environ["VIDGEN_PROCESS"])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(os.environ["VIDGEN_COORDINATOR"], 2, rank)  # by a program that calls vidgen
+processes.start()
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGTERM)  # before a StopSignal is there
+with StopSignal() as stop:
+    pulse = processes.Pulse(1)
+    for n in range(1, 1000):
+        time.sleep(0.01 + 0.01 * rank)
+        pulse(0)
+        if processes.preempted(n):
+            print("preempted at", n, stop.name, flush=True)
+            break
+    breaks = Breaks(stop)
+    try:
+        for n in range(20):
+            if n == 3 and rank == 1:
+                stop.name = "SIGUSR1"
+            breaks()
+    except Interrupted as e:
+        print("left at", n, e.number, flush=True)
+"""
+
+
+def test_a_notice_to_one_process_reaches_all_at_the_same_step_and_batch(tmp_path):
+    (tmp_path / "notice.py").write_text(NOTICE)
+    process = local(2, 1, f"--logs={tmp_path}", "--", tmp_path / "notice.py")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, out + err
+    both = [re.findall("(?:preempted|left) at .*", (tmp_path / f"rank-{n}.log").read_text()) for n in range(2)]
+    assert both[0] == both[1] and both[0][0].startswith("preempted at ") and both[0][1] == "left at 4 10"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ConfigError("a flag"), 2),
+        (FileNotFoundError(2, "No such file"), 2),
+        (processes.Restartable("not here"), 75),
+        (ConnectionResetError("gone"), 75),
+        (OSError(errno.EIO, "Input/output error"), 75),
+        (SystemExit(75), 75),
+        (RuntimeError("a bug"), 1),
+        (KeyboardInterrupt(), 1),
+    ],
+)
+def test_the_exit_status_says_whether_a_restart_may_mend_it(error, status):
+    assert processes.exit_status(error) == status
 
 
 def test_who_waits_in_vain_for_the_coordinator_says_so(tmp_path):
     script = "from vidgen.parallel import processes\nprocesses.START_TIMEOUT = 1\nprocesses.start()\n"
     env = os.environ | {"VIDGEN_COORDINATOR": "127.0.0.1:9", "VIDGEN_PROCESSES": "2", "VIDGEN_PROCESS": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.returncode == 2
+    assert done.returncode == 75
     assert done.stderr.splitlines()[-1] == (
         "vidgen: error: process 1 of 2 waited 1 s for the others to meet at 127.0.0.1:9; "
         "do all run, and can they reach it?"

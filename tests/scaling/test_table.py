@@ -48,6 +48,21 @@ def test_parquet_says_the_same_as_csv(tmp_path):
     assert table.read(str(tmp_path / "runs.parquet")) == table.read(path)
 
 
+def test_another_loss_is_the_mean_of_its_columns(tmp_path):
+    head = [*HEAD, "loss/level_0", "loss/level_1"]
+    path = write(tmp_path, head, [*ROW, "0.25", "0.75"], ["b", *ROW[1:], "0.25", ""])
+    levels = ("loss/level_0", "loss/level_1")
+    found = table.read(path, levels)
+    assert [(r.name, r.loss) for r in found.runs] == [("a", 0.5)] and found.excluded[0].reason == "no loss"
+    assert table.read(path, levels[:1]).runs[1].loss == 0.25
+    with pytest.raises(ConfigError, match=r"no column 'loss/level_2'; is it 'loss/level_"):
+        table.read(path, ("loss/level_2",))
+    with pytest.raises(ConfigError, match="row 1, column loss/level_0: 'low': expected a number"):
+        table.read(write(tmp_path, head, [*ROW, "low", "1"], name="text.csv"), levels)
+    without = [column for column in head if column != "loss"]
+    assert table.read(write(tmp_path, without, [*ROW[:4], "1", "3"], name="bare.csv"), levels).runs[0].loss == 2
+
+
 def test_names_are_made_up_where_there_are_none(tmp_path):
     found = table.read(write(tmp_path, HEAD[1:], ROW[1:], ["200", *ROW[2:]]))
     assert [r.name for r in found.runs] == ["row 1", "row 2"]

@@ -8,6 +8,7 @@ import pytest
 from vidgen.config import ConfigError
 from vidgen.data import decode
 from vidgen.studio import media
+from vidgen.training import incidents
 
 
 def clip(value, frames=3, height=4, width=6):
@@ -106,3 +107,17 @@ def test_bytes_are_the_nearest_and_clipped():
     assert media.to_u8(video).tolist() == [0, 0, 1, 128, 255, 255]
     every = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(media.to_u8(every / np.float32(127.5) - 1), every)
+
+
+def test_a_picture_that_cannot_be_written_is_passed_over_and_recorded(tmp_path):
+    said = []
+    (tmp_path / "samples").write_text("in the way")
+    with media.best_effort(str(tmp_path), 7, "the samples", said.append):
+        media.save_video(str(tmp_path / "samples" / "00000007" / "grid.gif"), clip(0), fps=8)
+        raise AssertionError("not reached")
+    assert len(said) == 1 and said[0].startswith("step 7: the samples passed over: cannot write")
+    (row,) = incidents.read(str(tmp_path))
+    assert (row["step"], row["kind"], row["text"]) == (7, "disk", said[0])
+    with pytest.raises(ConfigError, match="unknown suffix"), media.best_effort(str(tmp_path), 8, "it", said.append):
+        media.save_video(str(tmp_path / "a.avi"), clip(0), fps=8)  # the user's mistake, not the disk's
+    assert len(said) == 1

@@ -239,8 +239,13 @@ def test_a_run_goes_on_with_its_vae_alone(config, directory, tmp_path, monkeypat
     program = SimpleNamespace(config=config, task=task, init=lambda: "new", state_like=None, frozen=lambda: None)
 
     def begin(latest, facts):
-        kept = SimpleNamespace(latest=latest, facts=lambda step: facts, restore=lambda step, like: state)
-        return train.begin(program, course, kept)
+        kept = SimpleNamespace(
+            newest_good=lambda say: latest,
+            facts=lambda step: facts,
+            restore=lambda step, like: state,
+            where="checkpoints",
+        )
+        return train.begin(program, course, kept, print)
 
     made, facts = begin(None, {})
     assert made == "new" and facts["tokenizer"] == tokenizer.digest

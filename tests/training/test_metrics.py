@@ -4,6 +4,7 @@ import io
 import json
 import math
 import resource
+import shutil
 import struct
 import sys
 import types
@@ -13,7 +14,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from vidgen.config import ConfigError
-from vidgen.training import metrics
+from vidgen.training import incidents, metrics
 
 
 def events(workdir) -> list[Event]:
@@ -28,16 +29,17 @@ def events(workdir) -> list[Event]:
     return found
 
 
-def test_rows_are_on_disk_at_once_and_finite_or_null(tmp_path):
+def test_flushed_rows_are_on_disk_and_finite_or_null(tmp_path):
     writer = metrics.MetricWriter(str(tmp_path / "new" / "run"))
     writer.scalars(1, {"loss": np.float32(0.5), "lr": 1e-3})
     writer.scalars(2, {"loss": float("nan"), "grad_norm": float("inf")})
+    assert writer.flush() == 0
     lines = (tmp_path / "new" / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"step": 1, "loss": 0.5, "lr": 1e-3},
         {"step": 2, "loss": None, "grad_norm": None},
     ]
-    writer.close()
+    assert writer.close() == 0
 
 
 def test_resume_drops_what_is_measured_again(tmp_path):
@@ -70,9 +72,15 @@ def test_an_unfinished_line_does_not_swallow_the_next(tmp_path):
     assert metrics.read(str(tmp_path)) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
 
 
-def test_truncate_without_a_file_does_nothing(tmp_path):
-    metrics.truncate(str(tmp_path), 3)
-    assert metrics.read(str(tmp_path)) == [] and list(tmp_path.iterdir()) == []
+def test_a_run_that_rolls_back_drops_its_own_rows(tmp_path):
+    writer = metrics.MetricWriter(str(tmp_path))
+    writer.resume(1)
+    for step in (1, 2, 3, 4, 3, 4):
+        if step == 3:
+            writer.resume(3)
+        writer.scalars(step, {"loss": 10 * step})
+    writer.close()
+    assert [row["step"] for row in metrics.read(str(tmp_path))] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("line", ["nonsense", "[1, 2]", '{"loss": 1.0}', "null"])
@@ -111,18 +119,39 @@ def test_unwritable_workdir_is_one_line(tmp_path):
         metrics.MetricWriter(str(tmp_path / "file" / "run"))
 
 
-def test_a_full_disk_is_one_line_and_costs_no_earlier_row(tmp_path):
-    writer = metrics.MetricWriter(str(tmp_path))
+def test_a_full_disk_ends_nothing_and_costs_no_row(tmp_path):
+    said = []
+    writer = metrics.MetricWriter(str(tmp_path), say=said.append)
     writer.scalars(1, {"loss": 1.0})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # of each file
     try:
-        with pytest.raises(ConfigError, match="cannot write to .*: File too large"):
-            for step in range(2, 20):
-                writer.scalars(step, {"loss": 1.0})
+        for step in range(2, 20):
+            writer.scalars(step, {"loss": float(step)})
+        assert 0 < writer.flush() < 18
+        assert metrics.read(str(tmp_path))[0] == {"step": 1, "loss": 1.0}
+        writer.resume(11)
+        writer.scalars(11, {"loss": 11.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert metrics.read(str(tmp_path))[0] == {"step": 1, "loss": 1.0}
+    assert writer.close() == 0
+    assert [row["step"] for row in metrics.read(str(tmp_path))] == list(range(1, 12))
+    assert [e.step for e in events(tmp_path) if e.summary.value] == [*range(1, 20), 11]  # whole, and in order
+    texts = [text for text in said if "metrics.jsonl" in text]
+    assert len(texts) == 2 and "File too large" in texts[0] and "can be written again" in texts[1]
+    assert {row["text"] for row in incidents.read(str(tmp_path))} == set(said)
+
+
+def test_rows_that_stay_lost_are_counted(tmp_path, capsys):
+    writer = metrics.MetricWriter(str(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run")
+    writer.scalars(1, {"loss": 1.0})
+    writer.scalars(2, {"loss": 1.0})
+    writer.resume(2)
+    assert writer.close() == 1
+    err = capsys.readouterr().err
+    assert "metrics.jsonl: No such file or directory; its rows are kept" in err or "cannot write" in err
+    assert "1 rows are lost" in err
 
 
 def test_wandb_missing_names_the_extra(tmp_path, monkeypatch):
@@ -155,7 +184,7 @@ def ticking(*seconds):
     return iter(seconds).__next__
 
 
-VALUES = {"loss": 0.12344, "tokens_per_second": 12_300.0, "mfu": 0.31, "data_wait_fraction": 0.001, "lr": 1.0}
+VALUES = {"loss": 0.12344, "tokens_per_second": 12_300.0, "mfu": 0.31, "data_wait_fraction": 0.001, "goodput": 0.97}
 
 
 def test_progress_in_a_log_is_a_line_an_update():
@@ -166,7 +195,7 @@ def test_progress_in_a_log_is_a_line_an_update():
     progress.close()
     assert out.getvalue().splitlines() == [
         "step 20/1000 2% | loss 1.0000 | eta –",
-        "step 120/1000 12% | loss 0.1234 | 12.3k tok/s | mfu 31% | data wait 0.1% | eta 2m56s",
+        "step 120/1000 12% | loss 0.1234 | 12.3k tok/s | mfu 31% | data wait 0.1% | goodput 97% | eta 2m56s",
     ]
 
 

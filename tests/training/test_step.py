@@ -194,6 +194,20 @@ def test_outliers_and_nans_are_skipped_and_counted():
     assert float(after[-1].params["w"][0]) == -22.0 and int(after[-1].step) == 24
 
 
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is():
+    config = make_tiny()
+    config.optimizer.update(clip=0.0, outlier=0.0)
+    optimizer = optax.sgd(1.0)
+    errors = plain(lambda p, b, k: jnp.sum(p["w"]) + jax.lax.stop_gradient(b.tokens[0, 0, 0]))
+    step = make_step(errors, lambda b, keys: jnp.ones((1, 1)), optimizer, config)
+    state, one = states.create({"w": jnp.zeros(2)}, optimizer), jnp.ones((1, 1), jnp.int32)
+    for number, skipped, weight in ((1.0, 0, -1.0), (np.inf, 1, -1.0), (np.nan, 2, -1.0), (1.0, 2, -2.0)):
+        batch = TokenBatch(tokens=jnp.full((1, 1, 1), number), coords=None, segment=one, level=one)
+        state, metrics = step(state, batch)
+        assert (int(metrics["skipped"]), float(state.params["w"][0])) == (skipped, weight)
+        assert np.isfinite(metrics["grad_norm"]) and np.isfinite(metrics["usual_norm"])
+
+
 def test_a_norm_that_stays_high_is_no_outlier():
     config = make_tiny()
     config.optimizer.update(clip=0.0, outlier=10.0)

@@ -113,7 +113,7 @@ def _folder(root: Path) -> tuple[list[Entry], dict[str, int]]:
         raise ConfigError(f"--input {root}: no videos in it; expected files like {' '.join(sorted(VIDEOS))}")
     entries, used = [], set(media)
     for path in media:
-        entry = Entry(path, path.relative_to(root).as_posix())
+        entry = Entry(path, _shown(path.relative_to(root).as_posix()))
         beside = next((p for p in (path.with_suffix(".txt"), path.with_suffix(".json")) if p.is_file()), None)
         used.add(beside)
         try:
@@ -212,13 +212,15 @@ def _rows(path: Path) -> list[dict]:
 def _entry(table: Path, number: int, row: dict, file: str, caption: str, start: str | None, end: str | None) -> Entry:
     name = str(row.get(file) or "").strip()
     path = table.parent / name
-    source = os.path.normpath(name) if name else f"row {number}"
+    source = _shown(os.path.normpath(name)) if name else f"row {number}"
     entry = Entry(path, source)
     try:
         if not name:
             raise BadClip("missing file name")
         if "://" in name:
             raise BadClip("not a local file")
+        if not _nameable(name):
+            raise BadClip("not a file name")
         if None in row:
             raise BadClip("too many columns")  # most often a caption with commas and no quotes
         seconds = [_seconds(row.get(column)) if column else None for column in (start, end)]
@@ -228,6 +230,19 @@ def _entry(table: Path, number: int, row: dict, file: str, caption: str, start: 
         return dataclasses.replace(entry, caption=clean(_caption(row.get(caption))), start=begin, end=stop)
     except BadClip as bad:
         return dataclasses.replace(entry, problem=str(bad), detail=f"row {number} of {table.name}")
+
+
+def _shown(name: str) -> str:
+    """A file name as text that can be written, whatever bytes it has: what is no UTF-8 as \\udc80 and so on."""
+    return name.encode("utf-8", errors="backslashreplace").decode()
+
+
+def _nameable(name: str) -> bool:
+    """Whether a file may be called so, wherever it lies."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _seconds(value: Any) -> float | None:

@@ -56,7 +56,7 @@ class Unreadable:
           bad: of each of them, the clips that could not be read.
           counted: those of the rows that this host answers for.
         """
-        answered = []
+        answered, indices = [], []
         for row, clips in zip(local, bad, strict=True):
             for clip, reason in clips:
                 if (clip, reason) not in self._logged:
@@ -64,4 +64,5 @@ class Unreadable:
                     self._logged.add((clip, reason))
                 if row in counted:
                     answered.append((self._source.name(clip), reason))
-        return FeedInfo(0.0, dict(Counter(reason for _, reason in answered)), tuple(answered))
+                    indices.append(clip)
+        return FeedInfo(0.0, dict(Counter(reason for _, reason in answered)), tuple(answered), tuple(indices))

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import numpy as np
 from vidgen.config import ConfigError
 from vidgen.data.clip import BadClip, Clip, ClipSizes
 from vidgen.data.decode import decode
+from vidgen.data.tfds_features import check_features
 
 NAME = "clips"
 SHARD_BYTES = 256 * 2**20
@@ -185,6 +187,8 @@ class ShardSource:
         self._ids = [r.id for r in rows]
         self._sources = [r.source for r in rows]
         self._checksums = [r.checksum for r in rows]
+        # Captions stay on disk; of each its checksum is kept, [N] u32, so that a changed one is noticed.
+        self._captions = np.array([zlib.crc32(r.caption.encode()) for r in rows], np.uint32)
         # The checksums stand for the pixels, so the index stands for everything.
         digest = hashlib.sha256((Path(self._directory) / "index.jsonl").read_bytes())
         self.fingerprint = f"shards-{digest.hexdigest()[:16]}"
@@ -197,6 +201,7 @@ class ShardSource:
             if self._records is None:
                 import tensorflow_datasets as tfds
 
+                check_features(self._directory)
                 try:
                     builder = tfds.builder_from_directory(self._directory)
                     lacking = [p for p in builder.info.splits["train"].filepaths if not os.path.exists(p)]
@@ -219,21 +224,31 @@ class ShardSource:
     def read(self, index: int, epoch: int) -> Clip:
         """Clip `index`, the same in every epoch.
 
-        Raises BadClip: "unreadable record", "checksum differs", "size differs from the index", or as `decode` does.
+        Raises BadClip: "unreadable record", "checksum differs" (of the video), "caption differs from the index",
+        "record differs from the index" (in its id or fps), "size differs from the index", or as `decode` does.
+        So every changed bit of a record is found, and costs that clip and no other.
         """
         del epoch
         records = self._open()
         try:
             record = records[int(index)]
+            data, caption, clip = texts = [record[k] for k in ("video", "caption", "id")]
+            if not all(isinstance(text, bytes) for text in texts):
+                raise TypeError("a record with other fields")
+            size, fps = tuple(int(record[k]) for k in ("frames", "height", "width")), float(record["fps"])
         except Exception as error:  # ArrayRecord raises RuntimeError, ValueError, IndexError and more
             raise BadClip("unreadable record") from error
-        if checksum(record["video"]) != self._checksums[index]:
+        if checksum(data) != self._checksums[index]:
             raise BadClip("checksum differs")
-        video, _ = decode(record["video"])
+        if zlib.crc32(caption) != self._captions[index]:
+            raise BadClip("caption differs from the index")
         sizes = self.sizes
-        if video.shape[:3] != (sizes.frames[index], sizes.height[index], sizes.width[index]):
+        if clip != self._ids[index].encode() or fps != sizes.fps[index]:
+            raise BadClip("record differs from the index")
+        video, _ = decode(data)
+        if not video.shape[:3] == size == (sizes.frames[index], sizes.height[index], sizes.width[index]):
             raise BadClip("size differs from the index")
-        return Clip(video=video, caption=record["caption"].decode(), fps=float(sizes.fps[index]))
+        return Clip(video=video, caption=caption.decode(), fps=float(sizes.fps[index]))
 
     def name(self, index: int) -> str:
         """The clip's id: file, start in seconds, frames."""

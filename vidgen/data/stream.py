@@ -23,11 +23,13 @@ class FeedInfo:
       wait: seconds that the step waited for it.
       bad: reason → how many of its clips are padding because of it.
       bad_clips: (name, reason) of each of them.
+      bad_indices: and its number in the source.
     """
 
     wait: float
     bad: dict[str, int]
     bad_clips: tuple[tuple[str, str], ...] = ()
+    bad_indices: tuple[int, ...] = ()
 
 
 Item = tuple[Any, FeedInfo]  # a batch, and what it says of its making

@@ -27,6 +27,7 @@ from vidgen.data.captions import CAPTION, clean
 from vidgen.data.clip import BadClip, Clip, ClipSizes
 from vidgen.data.decode import decode, probe
 from vidgen.data.progress import Progress
+from vidgen.data.tfds_features import check_features
 
 VIDEO = [
     "video",
@@ -96,9 +97,7 @@ class TfdsSource:
         Raises BadClip: "unreadable record", "missing caption", "size differs from the index", or as `decode` does.
         """
         del epoch
-        record = self._record(index)
-        caption = self._caption(record)
-        value = _get(record, self._video)
+        caption, value = self._values(index)
         if isinstance(value, bytes):
             video, fps = decode(value)
             fps = fps if len(video) > 1 else self._fps
@@ -144,8 +143,17 @@ class TfdsSource:
         except Exception as error:  # ArrayRecord and TFDS raise RuntimeError, ValueError, IndexError and more
             raise BadClip("unreadable record") from error
 
-    def _caption(self, record: dict) -> str:
-        value = _get(record, self._text)
+    def _values(self, index: int) -> tuple[str, Any]:
+        """(caption, what stands for the video) of a record."""
+        record = self._record(index)
+        try:
+            return self._caption(_get(record, self._text)), _get(record, self._video)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            if isinstance(error, BadClip):
+                raise
+            raise BadClip("unreadable record") from error  # fields of other kinds, or none
+
+    def _caption(self, value: Any) -> str:
         if self._classes is not None:
             if not 0 <= int(value) < len(self._classes):
                 raise BadClip("missing caption")
@@ -158,9 +166,8 @@ class TfdsSource:
         return clean(value)
 
     def _measure(self, index: int) -> tuple[int, int, int, float, int]:
-        record = self._record(index)
-        text = len(self._caption(record).encode())
-        value = _get(record, self._video)
+        caption, value = self._values(index)
+        text = len(caption.encode())
         if isinstance(value, bytes):
             info = probe(value)
             return info.frames, info.height, info.width, info.fps if info.frames > 1 else self._fps, text
@@ -240,6 +247,7 @@ def _directory(name: str) -> str:
 def _builder(directory: str):
     import tensorflow_datasets as tfds
 
+    check_features(directory)
     try:
         return tfds.builder_from_directory(directory)
     except ImportError:
@@ -354,7 +362,10 @@ def _classes(feature) -> list[str] | None:
 def _pixels(value: Any) -> np.ndarray:
     """[T,H,W,3] u8 from an array or from a list of encoded images."""
     if not (isinstance(value, np.ndarray) and value.dtype == np.uint8):
-        images = [decode(bytes(image))[0][0] for image in value]
+        try:
+            images = [decode(bytes(image))[0][0] for image in value]
+        except TypeError as error:
+            raise BadClip("unreadable record") from error
         if not images:
             raise BadClip("no frames")
         if len({image.shape for image in images}) > 1:

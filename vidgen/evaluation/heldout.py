@@ -23,13 +23,14 @@ from vidgen.training.step import row_keys
 LEVELS = 8
 
 
-def heldout_loss(config: ConfigDict, generator: Generator, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
-    """params → {"heldout_loss", "heldout_loss/level_0" … "level_7"}, the same on every process, which all call it.
+def heldout_loss(config: ConfigDict, generator: Generator, mesh: Mesh) -> Callable[..., dict[str, float]]:
+    """(params, pause) → {"heldout_loss", "heldout_loss/level_0" … "level_7"}, the same on every process; all call it.
 
     The same rows of clips (`train.eval_rows`, rounded up to whole steps), noise and levels every time: the middles of
     eighths of the levels trained on, from little noise to much. `heldout_loss` is their mean.
     A learned tokenizer encodes the rows once, whatever cache training reads, and its latents are the posteriors' means.
-    "heldout_unreadable" counts clips that stayed out because they could not be read.
+    "heldout_unreadable" counts clips that stayed out because they could not be read. `pause`, where there is one, is
+    called before each step of rows, and may raise to end it there.
     """
     source = open_source(config.data, "heldout")
     tokenizer, text = generator.tokenizer, generator.text
@@ -49,9 +50,10 @@ def heldout_loss(config: ConfigDict, generator: Generator, mesh: Mesh) -> Callab
     if tokenizer.learned:  # reading is cheap, a VAE is not
         rows = functools.cache(rows)
 
-    def loss(params: Any) -> dict[str, float]:
+    def loss(params: Any, pause: Callable[[], None] = lambda: None) -> dict[str, float]:
         total, tokens, unreadable = np.zeros(LEVELS), 0.0, 0
         for n in range(steps):
+            pause()
             batch = place(rows(n))
             errors, weight, clips = jax.device_get(sums(params, batch, np.int32(n)))
             total, tokens = total + np.asarray(errors, np.float64), tokens + float(weight)

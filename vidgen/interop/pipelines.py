@@ -131,7 +131,8 @@ def describe(directory: str) -> dict[str, Any]:
     if not isinstance(parts, dict) or not isinstance(index, dict):
         raise ConfigError(f"{path}: not what `vidgen import` writes; import the pipeline anew")
     for name in parts:
-        if os.path.basename(name) != name or not os.path.isdir(os.path.join(directory, name)):
+        odd = os.path.basename(name) != name or name in ("", ".", "..")
+        if odd or not os.path.isdir(os.path.join(directory, name)):
             raise ConfigError(f"{path}: {name} ({parts[name]}) is not there; import the pipeline anew")
     return about
 

@@ -13,6 +13,7 @@ and a workdir must lie where all of them see it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -20,25 +21,36 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed  # the coordination service has no public door
+from jax._src import distributed, xla_bridge  # the coordination service and gloo have no public door
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vidgen.config import ConfigError
+from vidgen.secrets import redacted
 
 START_TIMEOUT = 300  # seconds to wait for the others at the start
 TIMEOUT = 600  # and later, where one may still be writing or reading what others wait for
+ASKING = 5  # and for the coordinator to say who is missing
+RESTART = os.EX_TEMPFAIL  # exit status, 75, of what the user need not mend: started again, the run goes on
+WHO = "vidgen/who/"  # where each says in which process of which machine it is
 NAMES = ("VIDGEN_COORDINATOR", "VIDGEN_PROCESSES", "VIDGEN_PROCESS")
 
 _agreements, _barriers = itertools.count(), itertools.count()
+
+
+class Restartable(ConfigError):
+    """What the user need not mend, as a process that has not come: started again, the run goes on."""
+
+    exit_status = RESTART
 
 
 def start() -> None:
@@ -51,11 +63,13 @@ def start() -> None:
     told = _told(os.environ)
     if told is not None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        # It would swallow each SIGTERM until the loop is there to look; StopSignal and Pulse do its work.
+        # It takes SIGTERM for itself, and lets the loop alone look for it, between steps: a compilation, an evaluation
+        # or a drawing of samples would run to its end. StopSignal hears at once, of three signals, and Pulse tells all.
         jax.config.update("jax_enable_preemption_service", False)
         _join(told)
         if jax.process_count() > 1:
             logging.getLogger("absl").addFilter(_with_rank)
+            _client().key_value_set(f"{WHO}{jax.process_index()}", f"pid {os.getpid()} on {socket.gethostname()}")
     elif jax.process_count() > 1:  # a TPU pod's devices know of each other, but nothing else would
         raise ConfigError(
             f"{jax.process_count()} processes share the devices, and have not been introduced; "
@@ -69,20 +83,35 @@ def _join(told: dict[str, Any]) -> None:
 
     def give_up() -> None:
         text = f"{whom} waited {START_TIMEOUT} s for the others to meet{where}; do all run, and can they reach it?"
-        print(f"vidgen: error: {text}", file=sys.stderr, flush=True)
-        os._exit(2)
+        _leave(f"vidgen: error: {text}", RESTART)
 
     # JAX's own timeout aborts the process, with a stack trace of C++ instead of a line.
     timer = threading.Timer(START_TIMEOUT, give_up)
     timer.daemon = True
     timer.start()
     try:
-        jax.distributed.initialize(**told, initialization_timeout=START_TIMEOUT + 60)
+        jax.distributed.initialize(**told, **_kept_at_home(told), initialization_timeout=START_TIMEOUT + 60)
     except (RuntimeError, ValueError) as e:
         hint = "" if told else ", as far as JAX can find out who they are"
-        raise ConfigError(f"{whom} could not join the others{where}{hint}: {' '.join(str(e).split())[:300]}") from None
+        text = f"{whom} could not join the others{where}{hint}: {' '.join(str(e).split())[:300]}"
+        raise (Restartable if isinstance(e, RuntimeError) else ConfigError)(text) from None
     finally:
         timer.cancel()
+
+
+def _kept_at_home(told: dict[str, Any]) -> dict[str, str]:
+    """Where processes of one machine meet on its loopback, nobody else can reach what they listen on.
+
+    The coordinator would listen on every network of the machine otherwise, and gloo on the one that its name stands
+    for; neither asks who is there. Returns what `jax.distributed.initialize` needs beside `told`.
+    """
+    address = told.get("coordinator_address", "")
+    host = address.rpartition(":")[0]
+    if host not in ("127.0.0.1", "localhost", "[::1]"):
+        return {}
+    made = functools.partial(xla_bridge._jax.make_gloo_tcp_collectives, hostname=host.strip("[]"))
+    xla_bridge._jax.make_gloo_tcp_collectives = made
+    return {"coordinator_bind_address": address}
 
 
 def _told(env: dict[str, str] | os._Environ) -> dict[str, Any] | None:
@@ -140,7 +169,7 @@ def rank() -> str:
 def agree(value: Any, timeout: float = TIMEOUT) -> Any:
     """What process 0 called this with, as JSON brings it back; every process calls it, in the same order.
 
-    Waits for process 0, so what it did before is done. Raises ConfigError after `timeout` seconds.
+    Waits for process 0, so what it did before is done. Raises Restartable after `timeout` seconds.
     """
     if alone():
         return value
@@ -148,14 +177,51 @@ def agree(value: Any, timeout: float = TIMEOUT) -> Any:
     if is_lead():
         _client().key_value_set(key, json.dumps(value))
         return json.loads(json.dumps(value))
-    return json.loads(_timed("process 0", timeout, lambda ms: _client().blocking_key_value_get(key, ms)))
+    return json.loads(_timed("process 0", timeout, lambda ms: _client().blocking_key_value_get(key, ms), lambda: [0]))
 
 
 def barrier(name: str, timeout: float = TIMEOUT) -> None:
-    """Waits until every process is here; raises ConfigError after `timeout` seconds. `name` is for the message."""
-    if jax.process_count() > 1:
-        key = f"vidgen/barrier/{next(_barriers)}"
-        _timed(f"all {jax.process_count()} processes: {name}", timeout, lambda ms: _client().wait_at_barrier(key, ms))
+    """Waits until every process is here; `name`, as in "to have opened the workdir", is for the message.
+
+    Raises Restartable, which names those that have not come, after `timeout` seconds.
+    """
+    if alone():
+        return
+    key = f"vidgen/barrier/{next(_barriers)}"
+
+    def meet(ms: int) -> None:
+        _client().key_value_set(f"{key}/{jax.process_index()}", "")
+        _client().wait_at_barrier(key, ms)
+
+    def absent() -> list[int]:
+        return sorted({*range(jax.process_count())} - {*_listed(f"{key}/")})
+
+    _timed(f"all {jax.process_count()} processes {name}", timeout, meet, absent)
+
+
+def gathered(key: str, text: str, timeout: float = TIMEOUT) -> list[str]:
+    """What each process, in order, called this with; for process 0 alone, the others get []. Raises Restartable.
+
+    `key`: of the coordinator's store, the same on all and not used before.
+    """
+    _client().key_value_set(f"{key}/{jax.process_index()}", text)
+    barrier("to have told process 0 what they run", timeout)
+    return [text for _, text in sorted(_listed(f"{key}/").items())] if is_lead() else []
+
+
+def names() -> dict[int, str]:
+    """{process: "pid 12 on host"} of those that have started."""
+    return _listed(WHO)
+
+
+def preempted(step: int) -> bool:
+    """Whether JAX's preemption service asks all processes to save after this step; each asks once a step.
+
+    `start` leaves the service off. Where a program that calls us has started the processes by itself it is on, and has
+    heard the SIGTERM that came before a `StopSignal` was there.
+    """
+    service = distributed.global_state.preemption_sync_manager
+    return service is not None and service.reached_sync_point(step)
 
 
 class Pulse:
@@ -211,34 +277,82 @@ def as_one(verb: str) -> Iterator[None]:
 
     Python's ordinary way out would wait for the others at the coordinator, and they for this one in the next
     collective. That a process is gone is what ends the others: by their connections (gloo), by the heartbeat, or by
-    what started them. Exit status: 2 for what the user can mend, 1 for all else; Ctrl-C twice ends it by that signal.
+    what started them. The exit status is that of `exit_status`; Ctrl-C twice ends it by that signal.
     """
     try:
         yield
     except BaseException as e:
         if alone():
             raise
-        status = 2 if isinstance(e, ConfigError | OSError) else 1
-        if not isinstance(e, ConfigError | OSError | KeyboardInterrupt | jax.errors.JaxRuntimeError):
+        if not isinstance(e, ConfigError | OSError | KeyboardInterrupt | SystemExit | jax.errors.JaxRuntimeError):
             traceback.print_exc()
         text = " ".join(str(e).split())[:1000] or type(e).__name__
-        print(f"vidgen {verb}: {rank()}: error: {text}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if isinstance(e, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        os._exit(status)
+        _leave(f"vidgen {verb}: {rank()}: error: {text}", exit_status(e), isinstance(e, KeyboardInterrupt))
+
+
+def exit_status(error: BaseException) -> int:
+    """2: the user can mend it; 75: nobody need, a restart may do; 1: it should not have happened."""
+    passing = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, Restartable | ConnectionError | TimeoutError) or getattr(error, "errno", None) in passing:
+        return RESTART
+    return 2 if isinstance(error, ConfigError | OSError) else 1
+
+
+def _leave(text: str, status: int, interrupted: bool = False) -> NoReturn:
+    """Says it and ends the process, without waiting for the others; `interrupted`: by SIGINT."""
+    print(redacted(text), file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(status)
 
 
 def _client() -> Any:
     return distributed.global_state.client
 
 
-def _timed(whom: str, timeout: float, act: Callable[[int], Any]) -> Any:
-    """`act`, given milliseconds."""
-    try:
-        return act(round(1000 * timeout))
-    except jax.errors.JaxRuntimeError as e:
-        text = " ".join(str(e).split())[:200]
-        raise ConfigError(f"waited up to {timeout:g} s for {whom}, in vain: {text}") from None
+def _timed(whom: str, timeout: float, act: Callable[[int], Any], absent: Callable[[], list[int]]) -> Any:
+    """`act`, given milliseconds; Restartable names whom it waited for in vain."""
+    found, error = _within(timeout + ASKING, lambda: act(round(1000 * timeout)))
+    if found:
+        return found[0]
+    missing, _ = _within(ASKING, absent)
+    known, _ = _within(ASKING, names)
+    if not (missing and known):
+        text = "process 0, the coordinator, does not answer"
+    elif missing[0]:
+        named = [f"process {p} ({known[0][p]})" if p in known[0] else f"process {p}" for p in missing[0][:8]]
+        more = f" and {len(missing[0]) - 8} more" if len(missing[0]) > 8 else ""
+        text = f"{', '.join(named)}{more} did not come"
+    else:  # the others had given up before
+        text = error[:200]
+    raise Restartable(f"waited up to {timeout:g} s for {whom}, in vain: {text}")
+
+
+def _listed(prefix: str) -> dict[int, str]:
+    """{process: what it set under the prefix}."""
+    return {int(key.rpartition("/")[2]): value for key, value in _client().key_value_dir_get(prefix)}
+
+
+def _within(seconds: float, act: Callable[[], Any]) -> tuple[list[Any], str]:
+    """([what `act` gives], ""), or ([], why) where it fails or takes longer: time limits of JAX's client are kept by
+    the coordinator, and not where that is stopped.
+    """
+    found: list[Any] = []
+    error: list[str] = []
+
+    def acting() -> None:
+        try:
+            found.append(act())
+        except jax.errors.JaxRuntimeError as e:
+            error.append(" ".join(str(e).split()))
+
+    thread = threading.Thread(target=acting, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[:1], "".join(error)

@@ -81,7 +81,7 @@ def expand(points: Space) -> tuple[Run, ...]:
         if taken := [label for label in labels if label in (*OWN, *every)]:
             raise ConfigError(f"{LABEL}{taken[0]}: the results have a column {taken[0]} already; take another name")
         name = str(labels.pop("name", "")) or short({k: point[k] for k in varied if k in point})
-        if not re.fullmatch(r"[\w.=,+-]+", name) or name in (".", ".."):
+        if not _fits(name):
             raise ConfigError(f"{LABEL}name={name!r}: expected letters, digits and . _ = , + - only: it names a folder")
         if len(name) > LONGEST:
             raise ConfigError(f"{LABEL}name={name[:30]}…: {len(name)} characters; expected at most {LONGEST}")
@@ -148,6 +148,8 @@ def read(folder: str) -> Manifest:
         with open(path, encoding="utf-8") as f:
             found = json.load(f)
         runs = tuple(Run(**run | {"varied": tuple(run["varied"])}) for run in found.pop("runs"))
+        if wrong := [run.name for run in runs if not _fits(run.name)]:
+            raise ValueError(f"run {wrong[0]!r} is no name of a folder")
         return Manifest(**found | {"suites": tuple(found["suites"]), "runs": runs})
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror or e}; expected the folder of a sweep") from None
@@ -178,6 +180,11 @@ def result(folder: str, name: str) -> dict[str, Any] | None:
 def finite(value: Any) -> bool:
     """Whether a figure is a number that can be fitted."""
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _fits(name: str) -> bool:
+    """Whether a run may be called so: its folder has that name."""
+    return bool(re.fullmatch(r"[\w.=,+-]+", name)) and name not in (".", "..")
 
 
 def _plain(key: str, value: Any) -> Any:

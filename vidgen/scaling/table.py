@@ -60,8 +60,12 @@ class Table:
     excluded: tuple[Excluded, ...]
 
 
-def read(path: str) -> Table:
+def read(path: str, loss: Sequence[str] = ("loss",)) -> Table:
     """Reads a table of runs.
+
+    Args:
+      path: CSV or Parquet.
+      loss: columns whose mean is what is fitted, as ("loss/level_0", "loss/level_1"): the loss at some noise levels.
 
     Columns `parameters`, `tokens`, `flops`, `loss` are required; `name`, `status`, `error`, `budget`, `learning_rate`
     (or `optimizer.lr`, `optimizer.muon_lr`), `batch` (or `rows.count`), `width` (or `model.width`) are understood. Runs
@@ -72,11 +76,14 @@ def read(path: str) -> Table:
     """
     rows = _rows(path)
     columns = list(rows[0]) if rows else []
-    for column in REQUIRED:
+    for column in dict.fromkeys((*REQUIRED, *loss)):
+        if column == "loss" and "loss" not in loss:
+            continue  # another one takes its place
         if column not in columns:
             near = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
             hint = f"; is it {near[0]!r}?" if near else f"; there are {', '.join(columns) or 'none'}"
             raise ConfigError(f"{path}: no column {column!r}{hint}")
+    rows = [row | {"loss": _mean(path, i, row, loss)} for i, row in enumerate(rows, 1)]
     names = [str(row.get("name") or f"row {i}") for i, row in enumerate(rows, 1)]
     first: dict[str, int] = {}
     for i, name in enumerate(names, 1):
@@ -193,6 +200,17 @@ def _float(cell: Any) -> float | None:
         return None if isinstance(cell, bool) else float(cell)
     except (TypeError, ValueError):
         return None
+
+
+def _mean(path: str, row: int, cells: Mapping[str, Any], columns: Sequence[str]) -> Any:
+    """What the run's loss is; nothing where one of the columns holds nothing."""
+    if len(columns) == 1 or any(_empty(cells[c]) for c in columns):
+        return next((cells[c] for c in columns if _empty(cells[c])), cells[columns[0]])
+    values = [_float(cells[c]) for c in columns]
+    if None in values:
+        column = columns[values.index(None)]
+        raise ConfigError(f"{path}, row {row}, column {column}: {cells[column]!r}: expected a number")
+    return sum(values) / len(values)
 
 
 def _unusable(path: str, row: int, cells: Mapping[str, Any]) -> str:

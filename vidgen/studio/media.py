@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from vidgen.config import ConfigError
 from vidgen.data import decode
+from vidgen.training import incidents
+from vidgen.training.journal import complain
 
 GROUND = 48  # grey between and around clips: apart from black grounds and from white ones
 
@@ -99,8 +102,31 @@ def check_suffix(path: str, frames: int = 2) -> str:
     return suffix
 
 
+class Unwritable(ConfigError):
+    """A file can't be written: the disk's fault, or its path's."""
+
+
+@contextlib.contextmanager
+def best_effort(workdir: str, step: int, what: str, say: Callable[[str], None] = complain) -> Iterator[None]:
+    """A picture is not worth a run: where `what` can't be written inside, that is said, recorded, and passed over.
+
+    Args:
+      workdir: whose incidents.jsonl is to know.
+      step: after which it was to be written.
+      what: "the samples", say.
+      say: is given the line.
+    """
+    try:
+        yield
+    except (Unwritable, OSError) as e:
+        why = str(e) if isinstance(e, Unwritable) else f"{e.filename or 'a file'}: {e.strerror or e}"
+        text = f"step {step}: {what} passed over: {why}"
+        say(text)
+        incidents.record(workdir, step, "disk", text)
+
+
 def write(path: str, data: bytes) -> None:
-    """Writes a file in one move, with the folders on the way; ConfigError where that can't be done."""
+    """Writes a file in one move, with the folders on the way; Unwritable, a ConfigError, where that can't be done."""
     folder = os.path.dirname(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -115,6 +141,6 @@ def write(path: str, data: bytes) -> None:
                 os.remove(temporary)
             raise
     except FileExistsError:  # makedirs' word for a file where a folder should be
-        raise ConfigError(f"cannot write {path}: {folder} is not a folder") from None
+        raise Unwritable(f"cannot write {path}: {folder} is not a folder") from None
     except OSError as e:
-        raise ConfigError(f"cannot write {path}: {e.strerror or e}") from None
+        raise Unwritable(f"cannot write {path}: {e.strerror or e}") from None

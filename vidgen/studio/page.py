@@ -12,10 +12,12 @@ BIDI = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #fbfaf8; --card: #ffffff; --ink: #1d1d22; --soft: #6a6a73; --rule: #e6e3dd; --a: #2563a8; --b: #c2571a;
-  --good: #2e7d4f; --wash: #f3f1ec; }
+  --good: #2e7d4f; --wash: #f3f1ec; --k0: #8fb0d4; --k1: #4f7fb5; --k2: #3f9163; --k3: #c2571a; --k4: #8a6bb1;
+  --k5: #c7a62f; --k6: #4ba3a8; --k7: #b3343c; --k8: #a9a7ab; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #141417; --card: #1b1b1f; --ink: #e9e8e4; --soft: #9b9aa3; --rule: #2e2e34; --a: #74aeea; --b: #eda067;
-  --good: #7cc79a; --wash: #232328; } }
+  --good: #7cc79a; --wash: #232328; --k0: #5c7ea5; --k1: #74aeea; --k2: #5fb583; --k3: #eda067; --k4: #a98ad0;
+  --k5: #dcc05a; --k6: #6cc3c8; --k7: #e0666d; --k8: #66656b; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); -webkit-text-size-adjust: 100%;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Noto Sans CJK SC", sans-serif; }
@@ -54,6 +56,13 @@ p { margin: 0 0 12px; max-width: 68ch; }
 .legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 7px;
   vertical-align: middle; }
 .legend i.a { background: var(--a); } .legend i.b { background: var(--b); }
+.legend.many { flex-wrap: wrap; gap: 4px 18px; } .legend.many i { width: 11px; height: 11px; vertical-align: -1px; }
+rect.k0 { fill: var(--k0); } rect.k1 { fill: var(--k1); } rect.k2 { fill: var(--k2); } rect.k3 { fill: var(--k3); }
+rect.k4 { fill: var(--k4); } rect.k5 { fill: var(--k5); } rect.k6 { fill: var(--k6); } rect.k7 { fill: var(--k7); }
+rect.k8 { fill: var(--k8); }
+i.k0 { background: var(--k0); } i.k1 { background: var(--k1); } i.k2 { background: var(--k2); }
+i.k3 { background: var(--k3); } i.k4 { background: var(--k4); } i.k5 { background: var(--k5); }
+i.k6 { background: var(--k6); } i.k7 { background: var(--k7); } i.k8 { background: var(--k8); }
 .axis { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 14px; margin-bottom: 10px; }
 .axis > input { position: absolute; opacity: 0; pointer-events: none; }
 .axis > label { font-size: 13px; color: var(--soft); cursor: pointer; border-bottom: 2px solid transparent; }

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vidgen import config as configs
-from vidgen.studio import compression, media, page, plots, workdirs
+from vidgen.studio import compression, goodput, media, page, plots, workdirs
 from vidgen.studio.workdirs import Judgement, Sample
 from vidgen.training import metrics
 from vidgen.training.metrics import si
@@ -43,13 +43,14 @@ def run(workdir: str) -> str:
     samples = workdirs.samples(workdir)
     name = os.path.basename(os.path.abspath(workdir))
     parts = [
-        _header(name, config, rows, judgements),
+        _header(name, config, rows, judgements, goodput.share(workdir)),
         _samples_section(samples),
         _judge_section(judgements),
         _compression_section(workdir),
         _loss_section(rows),
         _optimisation_section(rows),
         _speed_section(rows),
+        goodput.section(workdir),
         _fed_section(workdir),
         _config_section(config),
         _facts_section(
@@ -110,7 +111,13 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _header(name: str, config: Any, rows: Sequence[Mapping[str, Any]], judgements: Sequence[Judgement]) -> str:
+def _header(
+    name: str,
+    config: Any,
+    rows: Sequence[Mapping[str, Any]],
+    judgements: Sequence[Judgement],
+    share: float | None,
+) -> str:
     total = _leaves(config).get("train.steps")
     step = rows[-1]["step"] if rows else 0
     if not rows:
@@ -144,6 +151,8 @@ def _header(name: str, config: Any, rows: Sequence[Mapping[str, Any]], judgement
         figures["MFU"] = _percent(statistics.median(mfus))
     if waits := _known(rows, "data_wait_fraction"):
         figures["waiting for data"] = _percent(statistics.fmean(waits))
+    if share is not None:
+        figures["goodput"] = _percent(share)
     return (
         f'<header><p class="eyebrow">vidgen run</p>\n<h1>{page.escape(name)}</h1>\n'
         f'<p class="verdict">{" ".join(verdict)}</p>\n{page.tiles(figures) if figures else ""}</header>'

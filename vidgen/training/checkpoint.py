@@ -1,20 +1,35 @@
-"""Checkpoints: Orbax, asynchronous, restored straight onto any mesh."""
+"""Checkpoints: Orbax, asynchronous, with checksums, restored straight onto any mesh."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import logging
 import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from ml_collections import ConfigDict
 
 from vidgen import config as configs
 from vidgen.config import ConfigError
+from vidgen.parallel import processes
+from vidgen.training import checksums, locations, provenance, retention
+from vidgen.training.retention import Keep
 from vidgen.training.state import TrainState
 
-FOLDER = "checkpoints"
+ITEMS = ("state", "ema", "facts")
+FACTS = ocp.args.Composite(facts=ocp.args.JsonRestore())
+LISTED = ("metrics", "_CHECKPOINT_METADATA")  # of a checkpoint, what Orbax reads to list it
+DAMAGED = "damaged"
+AT_ONCE = 32  # of a state so much is on its way at once while it is restored: one part in so many
 
 # Settings that don't decide what is trained; that the clips, and weights of other directories, are the same is checked
 # by their fingerprint and digests.
@@ -36,94 +51,243 @@ MAY_CHANGE = (
 )
 
 
+_asked = itertools.count()
+
+
 class Checkpoints:
-    """The checkpoints of a workdir: `WORKDIR/checkpoints/<step>/`.
+    """The checkpoints of a run: `WORKDIR/checkpoints/<step>/`, or where `config.train.checkpoints` says.
 
     A checkpoint has the state without its moving average, the moving average on its own, so that a sampler reads no
-    more than it needs, and a few facts as JSON.
+    more than it needs, a few facts as JSON, and checksums of all that. One that doesn't agree with its checksums is
+    never used and never deleted: a run that goes on moves it aside, to `<step>.damaged-<n>`.
     """
 
-    def __init__(self, workdir: str, keep: int = 2, read_only: bool = False):
-        """Opens, and makes where missing, the folder of checkpoints, of which the newest `keep` are kept."""
-        logging.getLogger("absl").addFilter(_told_elsewhere)
+    def __init__(self, workdir: str, train: ConfigDict | None = None, read_only: bool = False):
+        """Opens, and makes where missing, the folder of checkpoints.
+
+        Args:
+          workdir: of the run.
+          train: `config.train`; None: what WORKDIR/config.json says of where they lie, and the defaults.
+          read_only: to read what another process may be writing.
+
+        Raises ConfigError where there is no such place, or it can't be written.
+        """
+        self._directory = locations.directory(workdir, None if train is None else train.checkpoints)
+        self._keep, self._read_only = Keep.from_config(train) if train is not None else Keep(), read_only
+        self._failures: list[BaseException] = []
+        self._unsaid: list[str] = []  # of what was moved aside
+        self._told = False  # that a save has failed
+        logger = logging.getLogger("absl")
+        logger.removeFilter(_told_elsewhere)  # to be asked last
+        logger.addFilter(self._heard)
+        logger.addFilter(_told_elsewhere)
         if read_only:
-            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+            # Of those that may be damaged nothing is read yet.
+            options = ocp.CheckpointManagerOptions(
+                read_only=True, create=False, save_interval_steps=0, lightweight_initialize=True
+            )
         else:
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        names = ("state", "ema", "facts")
-        self._directory = os.path.join(os.path.abspath(workdir), FOLDER)
+            provenance.here()
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self._keep,
+                best_fn=_of_no_use,  # so that figures are saved
+                cleanup_tmp_directories=True,
+                temporary_path_class=checksums.committed(self._directory),
+            )
         try:
-            self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=names)
-        except OSError as e:
-            raise ConfigError(
-                f"{self._directory}: {e.strerror or e}; expected a directory that can be written"
-            ) from None
+            if not read_only:
+                self._clear()
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=ITEMS)
+        except (OSError, ImportError) as e:
+            reason = (e.strerror if isinstance(e, OSError) else "") or " ".join(str(e).split())[:200]
+            raise ConfigError(f"{self._directory}: {reason}; expected a directory that can be written") from None
+
+    @property
+    def where(self) -> str:
+        """The directory, or URL, that they lie in."""
+        return str(self._directory)
 
     @property
     def latest(self) -> int | None:
-        """The newest finished checkpoint's step."""
+        """The newest finished checkpoint's step, good or not."""
         return self._manager.latest_step()
 
     @property
     def steps(self) -> list[int]:
-        """The finished checkpoints, oldest first."""
+        """The finished checkpoints, oldest first, good or not."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, facts: dict[str, Any]) -> None:
-        """Starts to save; the state may be donated when this returns. That a save failed is raised later."""
+    def newest_good(self, say: Callable[[str], None] | None = None, items: Sequence[str] = ()) -> int | None:
+        """The newest checkpoint that agrees with its checksums; None where there are none at all.
+
+        Each newer one is told of in a line, and moved aside unless this is to read only. Every process calls it, shares
+        the work, and gets the same answer.
+
+        Args:
+          say: what to tell it with; on stderr unless given.
+          items: "state", "ema", "facts": those that matter; empty: all.
+
+        Raises ConfigError where there are some and none is good.
+        """
+        bad = []
+        while self._unsaid:
+            _tell(say, self._unsaid.pop(0))
+        for step in reversed(processes.agree(self.steps)):  # listings of a shared disk may differ for a moment
+            damage = self.damage(step, items)
+            if not damage:
+                return step
+            if not processes.agree((self._directory / str(step)).exists()):
+                continue  # the run that writes there has newer ones by now
+            now = "" if self._read_only else f"; moved to {self.set_aside(step)}"
+            bad.append(f"{step}/{damage}")
+            _tell(say, f"Skipping the checkpoint of step {step}: {self._directory}/{step}/{damage}{now}")
+        aside = processes.agree(sorted(path.name for path in self._aside()))
+        if bad or aside:
+            raise ConfigError(
+                f"{self._directory}: none of the checkpoints is good ({'; '.join(bad or aside)}); put one back from a "
+                "copy, or delete them all to start from nothing"
+            )
+        return None
+
+    def damage(self, step: int, items: Sequence[str] = ()) -> str:
+        """What is wrong with a checkpoint's files; empty: nothing. Every process calls it, and gets the same answer."""
+        share = jax.process_index(), jax.process_count()
+        found = str(checksums.find(self._directory / str(step), items, *share) or "")
+        if processes.alone():
+            return found
+        told = processes.gathered(f"vidgen/damage/{next(_asked)}", found)
+        return processes.agree(next(filter(None, told), ""))
+
+    def set_aside(self, step: int, word: str = DAMAGED) -> str:
+        """Moves a checkpoint out of the way, as `<step>.<word>-<n>`, for its step to be saved again; the new name.
+
+        Every process calls it. What was moved is never deleted, and counts for nothing.
+        """
+        name = processes.agree(self._moved(step, word) if processes.is_lead() else "")
+        self._manager.reload()
+        return name
+
+    def _moved(self, step: int, word: str) -> str:
+        n = 1
+        while (to := self._directory / f"{step}.{word}-{n}").exists():
+            n += 1
+        (self._directory / str(step)).rename(to)
+        return to.name
+
+    def _clear(self) -> None:
+        """Moves aside what Orbax can't even list: it reads the figures of each checkpoint when it opens the folder."""
+        if processes.is_lead() and self._directory.is_dir():
+            for path in self._directory.iterdir():
+                if path.name.isdigit() and path.is_dir():
+                    damage = checksums.find(path, LISTED)
+                    if damage:
+                        step, moved = path.name, self._moved(int(path.name), DAMAGED)
+                        self._unsaid.append(
+                            f"Skipping the checkpoint of step {step}: {path}/{damage}; moved to {moved}"
+                        )
+        processes.barrier(f"to have looked at {self._directory}")
+
+    def _aside(self) -> list[epath.Path]:
+        there = self._directory.iterdir() if self._directory.is_dir() else ()
+        return [path for path in there if re.fullmatch(rf"\d+\.{DAMAGED}-\d+", path.name)]
+
+    def save(
+        self,
+        state: TrainState,
+        facts: dict[str, Any],
+        temporary: bool = False,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Starts to save; the state may be donated when this returns. That a save failed is raised later.
+
+        Args:
+          state: of which what is frozen is left out.
+          facts: JSON, kept beside it; which program wrote it is added.
+          temporary: it goes when a newer one is there.
+          metrics: figures of this step, of which `config.train.best` may be one.
+        """
         step = int(state.step)
-        if step == self.latest:
+        if step in self.steps:
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_saved(state)),
             ema=ocp.args.StandardSave(state.ema),
-            facts=ocp.args.JsonSave(facts),
+            facts=ocp.args.JsonSave(facts | {provenance.KEY: provenance.here()}),
         )
-        self._guarded(lambda: self._manager.save(step, args=args, force=True))
+        figures = retention.figures(self._keep, metrics, temporary)
+        self._guarded(lambda: self._manager.save(step, args=args, metrics=figures, force=True))
 
     def facts(self, step: int) -> dict[str, Any]:
         """What `save` was given beside the state."""
-        return self._restored(step, facts=ocp.args.JsonRestore())["facts"]
+        return self._read(step, lambda: self._manager.restore(step, args=FACTS))["facts"]
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of `step`; `like` holds ShapeDtypeStructs with the shardings to restore into.
 
         What is frozen is not saved, and not in it.
         """
-        state, ema = ocp.args.StandardRestore(_saved(like)), ocp.args.StandardRestore(like.ema)
-        items = self._restored(step, state=state, ema=ema)
-        return TrainState(**items["state"], ema=items["ema"])
+        return TrainState(**self._restored(step, "state", _saved(like)), ema=self.restore_ema(step, like.ema))
 
     def restore_ema(self, step: int, like: Any) -> Any:
         """The moving average of `step` alone."""
-        return self._restored(step, ema=ocp.args.StandardRestore(like))["ema"]
+        return self._restored(step, "ema", like)
 
-    def _restored(self, step: int, **items: Any) -> Any:
+    def _restored(self, step: int, item: str, like: Any) -> Any:
+        """An item, no more of which is on its way at once than keeps the disk busy: the rest would be memory twice."""
+        sizes = [_bytes(x) for x in jax.tree.leaves(like)]
+        limit = max(sizes, default=0) + sum(sizes) // AT_ONCE + 2**20
+        handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=limit / 1e9)  # type: ignore[arg-type]
+        with ocp.Checkpointer(handler) as reader:
+            where = self._directory / str(step) / item
+            return self._read(step, lambda: reader.restore(where, args=ocp.args.StandardRestore(like)))
+
+    def _read(self, step: int, act: Callable[[], Any]) -> Any:
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            return act()
         except (OSError, ValueError, KeyError) as e:  # what a damaged file raises depends on the file
-            older = [s for s in self.steps if s < step]
-            way = f"delete it to go on from step {older[-1]}" if older else "no older one is left"
             text = " ".join(str(e).split())[:200]
-            raise ConfigError(f"{self._directory}/{step}: the checkpoint cannot be read ({text}); {way}") from e
+            raise ConfigError(f"{self._directory}/{step}: the checkpoint cannot be read ({text})") from e
 
     def check(self) -> None:
         """Raises ConfigError if a save under way has failed; returns at once."""
-        self._guarded(self._manager.check_for_errors)
+        if self._failures:
+            self._guarded(self._raise)
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Until what was saved is on disk; raises ConfigError if it could not be written."""
         self._guarded(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """Ends it, when what was saved is on disk."""
-        self.wait()
-        self._manager.close()
+        """Ends it, when what was saved is on disk; raises ConfigError for a failure that has not been raised yet."""
+        told = self._told
+        try:
+            for act in (self._manager.wait_until_finished, self._manager.close):
+                with contextlib.suppress(*([ConfigError] if told else [])):
+                    self._guarded(act)
+        finally:
+            logging.getLogger("absl").removeFilter(self._heard)
 
-    def _guarded(self, act) -> None:
+    def _raise(self) -> None:
+        raise self._failures[0]
+
+    def _heard(self, record: logging.LogRecord) -> bool:
+        """Where a failure is heard of at once: of several processes, the thread that raises it waits for the others
+        first, and they for this one.
+        """
+        text = record.getMessage() if record.exc_info else ""
+        if "background save thread" in text and str(self._directory) in text:
+            self._failures += [e for e in record.exc_info or () if isinstance(e, BaseException)]
+        return True
+
+    def _guarded(self, act: Callable[[], Any]) -> None:
         try:
             act()
-        except (OSError, ValueError) as e:  # tensorstore raises ValueError for a full disk
+        except (OSError, ValueError, RuntimeError) as e:  # tensorstore raises ValueError for a full disk
+            if isinstance(e, ConfigError):
+                raise
+            self._told = True
             reasons = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)]
             text = " ".join(str(e).split())
             reason = next((reason for reason in reasons if reason in text), text[:300])
@@ -135,6 +299,31 @@ def _told_elsewhere(record: logging.LogRecord) -> bool:
     sampler opens the folder for reading.
     """
     return not ("orbax" in record.pathname and (record.exc_info or "is read only" in record.getMessage()))
+
+
+def _of_no_use(figures: Any) -> float:
+    """Orbax saves figures only where it is told of one that tells checkpoints apart; `Keep` does."""
+    del figures
+    return 0.0
+
+
+def _bytes(x: Any) -> int:
+    """Of an array's shard."""
+    shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape
+    return int(np.prod(shape)) * x.dtype.itemsize
+
+
+def _tell(say: Callable[[str], None] | None, line: str) -> None:
+    if say:
+        say(line)
+    elif processes.is_lead():
+        print(line, file=sys.stderr, flush=True)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError for settings of checkpoints that would fail late."""
+    retention.check(config)
+    locations.directory("", config.train.checkpoints)
 
 
 def _saved(state: TrainState) -> dict[str, Any]:
@@ -165,6 +354,21 @@ def write_config(workdir: str, config: ConfigDict) -> list[str]:
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that can be written") from None
     return changed
+
+
+def check_saved_config(facts: Mapping[str, Any], config: ConfigDict, where: str) -> None:
+    """Raises ConfigError if a checkpoint's facts hold another config, in what decides what is trained.
+
+    It says something only where a workdir is new and its checkpoints, in `config.train.checkpoints`, are not.
+    """
+    if "config" not in facts:
+        return
+    changed = configs.difference(configs.from_json(facts["config"]), config)
+    if differing := [key for key in changed if not key.startswith(MAY_CHANGE)]:
+        raise ConfigError(
+            f"{where}: the checkpoint is of a run of another config, which differs in {', '.join(differing[:5])}; take "
+            "another config.train.checkpoints, or its settings"
+        )
 
 
 def check_config(workdir: str, config: ConfigDict) -> None:

@@ -12,6 +12,8 @@ from vidgen.data.stream import FeedInfo
 from vidgen.training.metrics import MetricWriter
 from vidgen.training.step import Batch
 
+Pause = Callable[[], None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Introduction:
@@ -42,9 +44,10 @@ class Course:
       text: digest of the frozen text encoder; empty where there is none.
       batches: steps done → the batches from there on; to be used in a `with`.
       introduce: steps done → what to say before going on.
-      heldout: averaged weights → figures on clips that are not trained on; None where none are wanted.
-      draw: (averaged weights, step, workdir, the writer or None) writes pictures to WORKDIR/samples/<step>/ and shows
-        them beside the curves; only the process that has the writer writes.
+      heldout: (averaged weights, pause) → figures on clips that are not trained on; None where none are wanted.
+      draw: (averaged weights, step, workdir, the writer or None, pause) writes pictures to WORKDIR/samples/<step>/ and
+        shows them beside the curves; only the process that has the writer writes.
+        `pause`, of both, is called between batches, by all processes alike, and may raise to end it there.
       publish: (averaged weights, workdir) → more facts for the checkpoint, and what others are to use of the weights.
     """
 
@@ -52,7 +55,7 @@ class Course:
     tokenizer: str
     batches: Callable[[int], AbstractContextManager[Iterator[tuple[Batch, FeedInfo]]]]
     introduce: Callable[[int], Introduction]
-    heldout: Callable[[Any], dict[str, float]] | None
-    draw: Callable[[Any, int, str, MetricWriter | None], None]
+    heldout: Callable[[Any, Pause], dict[str, float]] | None
+    draw: Callable[[Any, int, str, MetricWriter | None, Pause], None]
     publish: Callable[[Any, str], dict[str, Any]]
     text: str = ""

@@ -15,7 +15,7 @@ from vidgen.config import ConfigError
 from vidgen.data.stream import FeedInfo
 
 STUCK = 50  # updates skipped in a row: more are no outliers
-OWN = ("grad_norm", "tokens", "skipped")  # of what a step says, what is not averaged
+OWN = ("grad_norm", "usual_norm", "tokens", "skipped")  # of what a step says, what is not averaged
 PATIENCE = 10  # unreadable clips: fewer are no share to judge by
 
 
@@ -57,12 +57,16 @@ class Meter:
         """
         self._lr, self._useful, self._peak, self._clock = lr, useful_flops, peak_flops, clock
         self._clips_a_step, self._max_bad = clips_a_step, max_bad
-        self.tokens_seen = tokens_seen
         self._bad: Counter[str] = Counter()
         self._clips = 0.0
         self._n, self._last = 0, {}
-        self._skipped, self._stuck = 2**31, 0  # what an earlier attempt skipped is not known yet
         self._warm = False
+        self.back_to(tokens_seen)
+
+    def back_to(self, tokens_seen: float) -> None:
+        """The run goes on from a state after so many tokens: at its start, and when it is rolled back."""
+        self.tokens_seen = tokens_seen
+        self._skipped, self._stuck = 2**31, 0  # what was skipped before it is not known yet
         self._begin()
 
     def _begin(self) -> None:

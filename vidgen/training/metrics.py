@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import io
+import itertools
 import json
 import math
 import os
 import shutil
+import struct
 import sys
 import time
 import uuid
@@ -15,12 +16,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 import numpy as np
-from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 from vidgen.config import ConfigError
 from vidgen.data import decode
+from vidgen.training import incidents
+from vidgen.training.journal import Journal, complain
 
 FILE = "metrics.jsonl"
 
@@ -43,72 +46,75 @@ def read(workdir: str) -> list[dict[str, Any]]:
     return rows
 
 
-def truncate(workdir: str, step: int) -> None:
-    """Drops the rows of `step` and later, and an unfinished last line, from WORKDIR/metrics.jsonl.
-
-    A run that resumes at a checkpoint measures the steps after it once more; the file stays monotonic. It is replaced
-    in one move, so that a crash in the middle costs nothing.
-    """
-    path = os.path.join(workdir, FILE)
-    if not os.path.exists(path):
-        return
-    kept = "".join(json.dumps(row) + "\n" for row in read(workdir) if row["step"] < step)
-    try:
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.write(kept)
-        os.replace(path + ".tmp", path)
-    except OSError as e:
-        raise _unwritable(path, e) from None
-
-
 class MetricWriter:
     """Writes a run's metrics; one process of a run has one.
 
-    Every row is on disk before the call returns. Use `resume` before the first row of a run that goes on.
+    No call waits for the disk but `flush`, `resume` and `close`. A disk that refuses rows, even for long, ends nothing
+    and loses none: they are kept in memory and written when there is room (training/journal.py). Use `resume` before
+    the first row of a run that goes on.
     """
 
-    def __init__(self, workdir: str, *, wandb_project: str = "", config_json: str = ""):
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        wandb_project: str = "",
+        config_json: str = "",
+        say: Callable[[str], None] = complain,
+    ):
         """Opens WORKDIR/metrics.jsonl for appending and a new event file in WORKDIR/tensorboard.
 
         Args:
           workdir: made where it is missing.
           wandb_project: also log to this project of Weights & Biases; a workdir is one run there, resumed or not.
           config_json: the config, shown there.
+          say: is told of a disk that refuses, and that it does no more; from another thread.
 
         Raises ConfigError if the workdir can't be written or wandb isn't installed.
         """
-        self._workdir = workdir
+        self._workdir, self._step, self._say = workdir, 0, say
         self._path = os.path.join(workdir, FILE)
         events = os.path.join(workdir, "tensorboard")
         self._wandb = _start_wandb(workdir, wandb_project, config_json) if wandb_project else None
         try:
             os.makedirs(events, exist_ok=True)
-            if os.path.exists(self._path):
-                truncate(workdir, sys.maxsize)  # a line that a killed run did not end would swallow the next one
-            self._rows = _append(self._path)
-            # Records, not tensorboardX's SummaryWriter, whose thread dies of a full disk and leaves the run waiting.
-            self._events = RecordWriter(os.path.join(events, f"events.out.tfevents.{time.time_ns()}"))
         except OSError as e:
-            raise _unwritable(workdir, e) from None
+            raise _unwritable(workdir, e.strerror or str(e)) from None
+
+        self._opened = False
+        self._rows = Journal(self._path, say=self._told)
+        self._events = Journal(os.path.join(events, f"events.out.tfevents.{time.time_ns()}"), "events", say=self._told)
         self._event(file_version="brain.Event:2")
+        for journal in (self._rows, self._events):
+            if journal.flush():
+                why = journal.trouble or "the disk does not answer"
+                self._rows.close(0.0)
+                self._events.close(0.0)
+                raise _unwritable(journal.path, why)
+        self._opened = True
 
     def resume(self, step: int) -> None:
-        """Makes room for `step` and all after it: what an earlier attempt wrote of them is dropped."""
-        self._rows.close()
-        truncate(self._workdir, step)
-        self._rows = _append(self._path)
+        """Makes room for `step` and all after it: what was written of them, in this attempt or before, is dropped.
+
+        Where the disk does not let them be found or go, that is said, and they stay. Raises ConfigError for a line of
+        metrics.jsonl that is no row.
+        """
+        self._rows.flush()
+        start, why = None, "the disk does not answer"
+        try:
+            start = _start_of(self._workdir, step)
+        except OSError as e:
+            why = e.strerror or str(e)
+        if not self._rows.cut(start, lambda line: json.loads(line)["step"] < step) or start is None:
+            self._told(f"{self._path}: {why}; its rows of step {step} and later stay")
         self._event(step=step, session_log=SessionLog(status=SessionLog.START))  # TensorBoard purges from here
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends a row: `step` and `values`, name → number (scalars of NumPy and JAX too; non-finite ones as null)."""
         numbers = {name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        line = (json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n").encode()
-        try:
-            if self._rows.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as e:
-            raise _unwritable(self._path, e) from None
+        self._step = int(step)
+        self._rows.append((json.dumps({"step": self._step, **finite}, allow_nan=False) + "\n").encode())
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()])
         self._event(step=step, summary=summary)
         if self._wandb:
@@ -133,22 +139,29 @@ class MetricWriter:
             shown = {name: wandb.Video(io.BytesIO(gif), format="gif") for name, gif in gifs.items()}
             self._wandb.log(shown, step=int(step))
 
-    def close(self) -> None:
-        """Ends all of it; the writer can't be used after."""
-        self._rows.close()
-        try:
-            self._events.close()
-        except OSError as e:
-            raise _unwritable(os.path.join(self._workdir, "tensorboard"), e) from None
+    def flush(self) -> int:
+        """Has every row on the disk itself when it returns, as a checkpoint wants it, or says how many are not yet."""
+        return self._rows.flush()
+
+    def close(self) -> int:
+        """Ends all of it; how many rows are lost, which is said too. The writer can't be used after."""
+        lost = self._rows.close()
+        self._events.close()
         if self._wandb:
             self._wandb.finish()
+        return lost
+
+    def _told(self, text: str) -> None:
+        """Passes on what a journal says of its disk; at the start, where it ends the run, it is said there."""
+        if self._opened:
+            self._say(text)
+            incidents.record(self._workdir, self._step, "disk", text)
 
     def _event(self, **fields: Any) -> None:
-        try:
-            self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
-            self._events.flush()
-        except OSError as e:
-            raise _unwritable(os.path.join(self._workdir, "tensorboard"), e) from None
+        data = Event(wall_time=time.time(), **fields).SerializeToString()
+        size = struct.pack("<Q", len(data))
+        parts = size, struct.pack("<I", masked_crc32c(size)), data, struct.pack("<I", masked_crc32c(data))
+        self._events.append(b"".join(parts))
 
 
 class Progress:
@@ -172,7 +185,7 @@ class Progress:
         self._origin: tuple[int, float] | None = None
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
-        """Shows that `step` steps are done. Of `values` it shows loss, tokens_per_second, mfu, data_wait_fraction."""
+        """Shows that `step` steps are done. Of `values`: loss, tokens_per_second, mfu, data_wait_fraction, goodput."""
         line = " | ".join([_place(step, self._total), *_shown(values), f"eta {self._eta(step)}"])
         if self._tty:
             # Only a line shorter than the terminal can be written over.
@@ -215,6 +228,7 @@ def _shown(values: Mapping[str, Any]) -> list[str]:
         "tokens_per_second": lambda v: f"{si(v)} tok/s",
         "mfu": lambda v: f"mfu {100 * v:.0f}%",
         "data_wait_fraction": lambda v: f"data wait {100 * v:.1f}%",
+        "goodput": lambda v: f"goodput {100 * v:.0f}%",
     }
     return [show(float(values[name])) for name, show in formats.items() if values.get(name) is not None]
 
@@ -249,9 +263,11 @@ def _lines(path: str) -> list[str]:
     return lines[:-1]
 
 
-def _append(path: str) -> io.FileIO:
-    # Unbuffered: a row that a full disk refused must not be tried again when the file is closed.
-    return open(path, "ab", buffering=0)
+def _start_of(workdir: str, step: int) -> int:
+    """The byte of metrics.jsonl at which the rows of `step` and later begin. Raises as `read` does."""
+    kept = sum(1 for _ in itertools.takewhile(lambda row: row["step"] < step, read(workdir)))
+    with open(os.path.join(workdir, FILE), "rb") as f:
+        return sum(map(len, itertools.islice(f, kept)))
 
 
 def _start_wandb(workdir: str, project: str, config_json: str) -> Any:
@@ -271,10 +287,10 @@ def _start_wandb(workdir: str, project: str, config_json: str) -> Any:
         with open(path, encoding="utf-8") as f:
             run = f.read().strip()
     except OSError as e:
-        raise _unwritable(workdir, e) from None
+        raise _unwritable(workdir, e.strerror or str(e)) from None
     config = json.loads(config_json) if config_json else None
     return wandb.init(project=project, dir=workdir, id=run, resume="allow", config=config)
 
 
-def _unwritable(path: str, e: OSError) -> ConfigError:
-    return ConfigError(f"cannot write to {path}: {e.strerror or e}")
+def _unwritable(path: str, why: str) -> ConfigError:
+    return ConfigError(f"cannot write to {path}: {why}")

@@ -24,7 +24,7 @@ from vidgen.planning.hardware import compiler_options
 from vidgen.training import autoencoding, denoising, groups, optimizers
 from vidgen.training import state as states
 from vidgen.training.state import TrainState
-from vidgen.training.step import Batch, Step, make_step
+from vidgen.training.step import Batch, Gradient, LossSum, Step, make_gradient, make_step
 from vidgen.training.task import Task
 from vidgen.weights import flatten, nest
 
@@ -89,6 +89,14 @@ class Program:
     def step_after(self, done: int) -> Step:
         """The step to take when so many have been."""
         return [step for start, step in self.steps if start <= done][-1]
+
+    def loss_after(self, done: int) -> LossSum:
+        """What the step to take when so many have been minimises."""
+        return [loss for start, loss in self.task.losses if start <= done][-1]
+
+    def gradient_after(self, done: int) -> Callable[[TrainState, Batch], Gradient]:
+        """What that step takes its gradient with, to be jitted by whoever looks at that alone."""
+        return make_gradient(self.loss_after(done), self.task.weight, self.config, self.state_shardings.params)
 
 
 def task_of(config: ConfigDict) -> Any:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 from vidgen.config import ConfigError
+from vidgen.parallel import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LOCK = "lock"  # file of a workdir
+AT_ONCE = 5.0  # seconds that a program has to end by itself after the second signal
 
 
 class StopSignal:
@@ -22,12 +27,28 @@ class StopSignal:
     All three ask to save and end. The exit status, 128 + the signal, says which one it was: a cluster sends SIGUSR1
     before the time is up, and what started the run then starts it again (launch/slurm.sh).
 
+    Python's handlers wait while the main thread is in the compiler, in a collective or on a disk that hangs. So a
+    thread hears of each signal too, at once, and ends the process where the main thread can't: after `grace` seconds,
+    5 s after the second signal, and on the first one where `nothing_to_lose` says so. At a Python prompt or in a
+    notebook the process is the user's: there it is left alone, and what has nothing to lose raises KeyboardInterrupt.
+
     Used as a context; outside the main thread, where Python allows no handlers (a notebook's worker), it does nothing.
+
+    Attributes:
+      name: of the first signal; empty where none has come.
+      nothing_to_lose: whether all that was done so far is done again in no time or lies on disk, as at the start and
+        in the first compilation: the program then ends on the first signal. Set by the loop; False unless it does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float = 0.0) -> None:
+        """`grace`: seconds after the first signal at which the process ends, saved or not; 0: it may take its time."""
         self.name = ""
+        self.nothing_to_lose = False
+        self._grace = grace
+        self._handled = self._heard = 0  # signals: by the main thread, and by the one that listens
         self._before: dict[signal.Signals, object] = {}
+        self._woken = -1
+        self._listener: threading.Thread | None = None
 
     @property
     def requested(self) -> bool:
@@ -40,12 +61,40 @@ class StopSignal:
         return signal.Signals[self.name].value if self.requested else 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.name:
+        self._handled += 1
+        self.name = self.name or signal.Signals(number).name
+        # Two that came while the main thread was away are handled as one.
+        if max(self._handled, self._heard) > 1 or (self.nothing_to_lose and _of_the_user()):
             self._restore()
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-        # Not print, which the signal may have interrupted.
-        os.write(2, f"\n{self.name}: stopping after a step and saving; once more to stop at once\n".encode())
+
+    def _listen(self, heard: int) -> None:
+        """Reads the numbers of signals that come, a byte each, until the pipe is closed; ends the process in time."""
+        until, why = float("inf"), ""
+        ready = select.poll()
+        ready.register(heard, select.POLLIN)
+        while True:
+            wait = None if until == float("inf") else max(until - time.monotonic(), 0.0) * 1000
+            if not ready.poll(wait):
+                _end(signal.Signals[self.name], why)
+            numbers = os.read(heard, 64)
+            if not numbers:
+                os.close(heard)
+                return
+            for number in numbers:
+                if number not in SIGNALS:
+                    continue
+                self._heard += 1
+                self.name = self.name or signal.Signals(number).name
+                if self._heard > 1:
+                    why, left = "stopped", AT_ONCE
+                elif self.nothing_to_lose:
+                    why, left = "stopping at once: nothing has been done that is not saved", 0.0
+                else:
+                    _say(self.name, "stopping after a step and saving; once more to stop at once")
+                    why = f"not saved within {self._grace:g} s, and stopped; what was saved before stands"
+                    left = self._grace or float("inf")
+                until = float("inf") if _of_the_user() else min(until, time.monotonic() + left)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -53,12 +102,61 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
+            heard, told = os.pipe()
+            os.set_blocking(told, False)
+            self._listener = threading.Thread(target=self._listen, args=(heard,), daemon=True, name="signals")
+            self._listener.start()
+            self._told, self._woken = told, signal.set_wakeup_fd(told, warn_on_full_buffer=False)
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+        if self._listener:
+            signal.set_wakeup_fd(self._woken)
+            os.close(self._told)
+            self._listener.join()
+            self._listener = None
+
+
+class Interrupted(Exception):
+    """A stop was asked for in the middle of something long that can be left: `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Breaks:
+    """Called between the batches of something long that all processes do: raises Interrupted if any is asked to stop.
+
+    Raises it on all of them at the same batch, one after that in which a process was asked; see `processes.Pulse`. One
+    object serves one time through: an evaluation, or a drawing of samples.
+    """
+
+    def __init__(self, stop: StopSignal):
+        self._stop, self._pulse = stop, processes.Pulse(1)
+
+    def __call__(self) -> None:
+        if told := int(self._pulse(self._stop.number).max()):
+            raise Interrupted(told)
+
+
+def _of_the_user() -> bool:
+    """Whether the process is a Python prompt or a notebook, which outlives what runs in it."""
+    return hasattr(sys, "ps1")
+
+
+def _say(name: str, text: str) -> None:
+    # Not print, which the signal may have interrupted.
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{name}: {text}\n".encode())
+
+
+def _end(number: signal.Signals, why: str) -> None:
+    _say(number.name, why)
+    os._exit(128 + number)
 
 
 @contextlib.contextmanager

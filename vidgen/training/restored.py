@@ -81,13 +81,17 @@ def run_config(workdir: str) -> ConfigDict:
 
 
 def chosen_step(workdir: str, checkpoints: Checkpoints, step: int | None) -> int:
-    """`step`, or that of the newest checkpoint; raises ConfigError where there is none."""
+    """`step`, or that of the newest checkpoint whose averaged weights are good; raises ConfigError where there is none,
+    and for a `step` that is damaged.
+    """
     found = checkpoints.steps
-    if not found:
-        raise ConfigError(f"{workdir}/checkpoints: no finished checkpoint yet; train first, or wait for the first")
-    step = found[-1] if step is None else step
+    if step is None:
+        return start.newest(checkpoints)
     if step not in found:
-        raise ConfigError(f"{workdir}/checkpoints: no step {step}; there are {', '.join(map(str, found))}")
+        told = f"there are {', '.join(map(str, found))}" if found else "there are none yet"
+        raise ConfigError(f"{checkpoints.where}: no step {step}; {told}")
+    if damage := checkpoints.damage(step, start.READ):
+        raise ConfigError(f"{checkpoints.where}/{step}/{damage}; take another --step, or none for the newest good one")
     return step
 
 

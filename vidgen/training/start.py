@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,10 +24,11 @@ from vidgen.diffusion.generator import Generator
 from vidgen.interop import stream
 from vidgen.models import architecture, lora
 from vidgen.models.architecture import Architecture
-from vidgen.training import groups
+from vidgen.training import groups, locations
 from vidgen.training.checkpoint import Checkpoints, read_config
 
 KIND = "denoiser"
+READ = ("ema", "facts")  # of a checkpoint, what its averaged weights are read from
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +87,7 @@ def init(config: ConfigDict, generator: Generator, key: jax.Array) -> dict[str, 
 
 def find(config: ConfigDict, generator: Generator) -> Start | None:
     """What `config.model.weights` names: a weights directory of kind "denoiser", an imported pipeline, of which its
-    `transformer/` is taken, or a run's workdir, of which the averaged weights of the newest checkpoint are.
+    `transformer/` is taken, or a run's workdir, of which the averaged weights of the newest good checkpoint are.
 
     None where it names nothing. Raises ConfigError, naming the setting and both values, for weights of another
     architecture, and for arrays that are missing, unexpected or of another shape.
@@ -95,7 +97,7 @@ def find(config: ConfigDict, generator: Generator) -> Start | None:
         return None
     if not os.path.exists(where):
         raise ConfigError(f"config.model.weights={where}: no such directory; expected one of vidgen import, or a run's")
-    if os.path.isdir(os.path.join(where, "checkpoints")):
+    if locations.is_run(where):
         return _of_run(config, generator, where)
     where = stream.find(where, KIND)
     about = weights.describe(where, KIND)
@@ -104,7 +106,7 @@ def find(config: ConfigDict, generator: Generator) -> Start | None:
     except ConfigError as e:
         raise ConfigError(f"{os.path.join(where, weights.JSON)}: {e}") from None
     _same(architecture_of(config, generator), theirs, where)
-    stored = weights.headers(where)
+    stored = _taken(weights.headers(where), config)
     _check_fitting({path: x.shape for path, x in stored.items()}, config, generator, where)
     dtypes = {path: x.dtype for path, x in stored.items()}
     return Start(where, dtypes, lambda: weights.digest_of(where), lambda like: stream.load_onto(where, like))
@@ -117,7 +119,7 @@ def _of_run(config: ConfigDict, generator: Generator, workdir: str) -> Start:
     own = generators.from_config(theirs)
     _same(architecture_of(config, generator), architecture_of(theirs, own), workdir)
     like = jax.eval_shape(lambda: own.init(jax.random.key(0), generators.example(theirs)))
-    found = weights.flatten(like)
+    found = _taken(weights.flatten(like), config)
     _check_fitting({path: x.shape for path, x in found.items()}, config, generator, workdir)
     step, facts = _newest(workdir)
     about = json.dumps([configs.to_json(theirs), step, facts], sort_keys=True)
@@ -134,14 +136,38 @@ def _of_run(config: ConfigDict, generator: Generator, workdir: str) -> Start:
 
 
 def _newest(workdir: str) -> tuple[int, dict[str, Any]]:
-    """(step, facts) of the newest checkpoint."""
+    """(step, facts) of the newest good checkpoint."""
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
-        if checkpoints.latest is None:
-            raise ConfigError(f"{workdir}/checkpoints: no finished checkpoint yet; train first, or wait for the first")
-        return checkpoints.latest, checkpoints.facts(checkpoints.latest)
+        step = newest(checkpoints)
+        return step, checkpoints.facts(step)
     finally:
         checkpoints.close()
+
+
+def newest(checkpoints: Checkpoints) -> int:
+    """The newest checkpoint whose averaged weights are good; raises ConfigError where there is none."""
+    step = checkpoints.newest_good(items=READ)
+    if step is None:
+        raise ConfigError(f"{checkpoints.where}: no finished checkpoint yet; train first, or wait for the first")
+    return step
+
+
+def _taken(found: Mapping[str, Any], config: ConfigDict) -> dict[str, Any]:
+    """What was found without that which `config.model.fresh` has start from nothing; raises ConfigError for a pattern
+    that is none.
+    """
+    return {path: x for path, x in found.items() if not _fresh(path, config)}
+
+
+def _fresh(path: str, config: ConfigDict) -> bool:
+    for pattern in config.model.get("fresh", ()):
+        try:
+            if re.search(pattern, path):
+                return True
+        except re.error as e:
+            raise ConfigError(f"config.model.fresh: {pattern!r} is no regular expression ({e})") from None
+    return False
 
 
 def _same(ours: Architecture, theirs: Architecture, where: str) -> None:
@@ -158,7 +184,8 @@ def _check_fitting(found: Mapping[str, tuple[int, ...]], config: ConfigDict, gen
     wanted = {path: tuple(x.shape) for path, x in weights.flatten(like).items()}
     if odd := sorted(found.keys() - wanted.keys()):
         raise ConfigError(f"{where}: array {odd[0]} is no part of the model that the config describes")
-    missing = sorted(path for path in wanted.keys() - found.keys() if not path.startswith("text/"))
+    left = wanted.keys() - found.keys()
+    missing = sorted(path for path in left if not path.startswith("text/") and not _fresh(path, config))
     if missing:
         raise ConfigError(f"{where}: no array {missing[0]} of shape {list(wanted[missing[0]])}, of {len(wanted)}")
     for path, shape in found.items():

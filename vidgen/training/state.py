@@ -22,7 +22,7 @@ class TrainState:
       ema: their moving average, f32, from which is sampled.
       opt_state: of optax.
       grad_norm: () f32, running mean of the gradient's norm, against which outliers are judged.
-      skipped: () i32, steps whose update was skipped as an outlier.
+      skipped: () i32, steps whose update was skipped: not finite, or an outlier.
       aux: what a loss carries from step to step beside weights: the vectors of spectral norms. None: nothing.
       frozen: weights that a loss looks through and that nothing trains: LPIPS's, or what a fine-tuned denoiser keeps
         of `config.model.weights`. None: nothing. Not saved.

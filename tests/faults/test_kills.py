@@ -1,0 +1,10 @@
+import kills
+import pytest
+import table
+
+
+def test_the_row_in_its_short_form(tmp_path):
+    if reason := kills.ROW.missing():
+        pytest.skip(reason)
+    verdict = table.run(kills.ROW, tmp_path, True, 0, print)
+    assert not verdict.wrong and verdict.count > 0, verdict

@@ -1,0 +1,170 @@
+"""Signs of life: each process writes down how far it is, and ends when nothing has moved for too long."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+from vidgen.parallel.processes import RESTART
+
+FOLDER = "heartbeats"  # of a workdir
+SLOW = 10  # times as long may pass at the start, in a compilation, and the first time that anything else is compiled
+ALIVE = 2.0  # seconds after which a file is written again though nothing has moved
+LOST = 4 * ALIVE  # and after which a file that isn't means that its process is stopped, or gone
+
+Phase = Literal["start", "compile", "step", "save", "eval", "sample"]
+
+
+class Watchdog:
+    """Watches over the loop of this process from threads of their own; a context.
+
+    WORKDIR/heartbeats/rank-N.json says where the process is: {"process", "of", "host", "pid", "step", "phase", "moved",
+    "alive", "slow"}; "moved" is when the loop was last heard of and "alive" when the file was written, in seconds since
+    1970, and "slow" whether ten times the usual may pass before it moves again. It is written once a second at most; a
+    disk that is full or hangs stops the writing and nothing else. When the context ends, its phase is "ended".
+
+    If nothing moves for `hang` seconds, ten times as long in the phases that compile, the process prints the stacks of
+    its threads, says who waits and who is missing, and ends with status 75, though the main thread may be in a
+    collective that never returns. Time during which the whole process was stopped doesn't count.
+    """
+
+    def __init__(self, workdir: str, hang: float, end: Callable[[int], Any] = os._exit):
+        """`hang`: seconds; 0: it may take its time. `end` is called with the exit status."""
+        self._folder = os.path.join(workdir, FOLDER)
+        self._hang, self._end = hang, end
+        self._who = {"process": jax.process_index(), "of": jax.process_count()}
+        self._who |= {"host": socket.gethostname(), "pid": os.getpid()}
+        self._beat: tuple[int, str] = (0, "start")
+        self._last, self._moved, self._waited = self._beat, time.time(), 0.0
+        self._been: set[str] = set()  # phases that were left
+        self._over = threading.Event()
+        self._tick = min(1.0, hang / 10) if hang else 1.0
+        self._threads = [threading.Thread(target=t, daemon=True, name=t.__name__) for t in (self._watch, self._tell)]
+
+    def beat(self, step: int, phase: Phase) -> None:
+        """Says that the loop goes on: it is at `step` and now does `phase`. It costs nothing: call it often."""
+        self._beat = (step, phase)
+
+    def __enter__(self) -> Watchdog:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.beat(self._beat[0], "ended")  # type: ignore[arg-type]
+        self._over.set()
+        for thread in self._threads:
+            thread.join(timeout=ALIVE)  # one may be at a disk that hangs
+
+    def _slow(self) -> bool:
+        """Whether the phase of the last beat compiles."""
+        phase = self._last[1]
+        return phase in ("start", "compile") or (phase != "step" and phase not in self._been)
+
+    def _watch(self) -> None:
+        clock = time.monotonic()
+        while not self._over.wait(self._tick):
+            passed, clock = time.monotonic() - clock, time.monotonic()
+            beat = self._beat
+            if beat is not self._last:
+                if beat[1] != self._last[1]:
+                    self._been.add(self._last[1])
+                self._last, self._moved, self._waited = beat, time.time(), 0.0
+                continue
+            self._waited += min(passed, 2 * self._tick)  # not the time in which this process was stopped
+            if self._hang and self._waited >= self._hang * (SLOW if self._slow() else 1):
+                self._give_up()
+                return
+
+    def _give_up(self) -> None:
+        found: list[dict[int, dict]] = []
+        reader = threading.Thread(target=lambda: found.append(read(self._folder)), daemon=True)
+        reader.start()
+        reader.join(ALIVE)  # the disk may be what hangs
+        text = missing(self._state(), found[0] if found else {}, time.time())
+        faulthandler.dump_traceback(file=2, all_threads=True)
+        with contextlib.suppress(OSError):  # last, where a launcher shows it
+            who = f"process {self._who['process']} of {self._who['of']}"
+            os.write(2, f"{who}: {text}; above is what its threads do, and it ends with {RESTART}\n".encode())
+        self._end(RESTART)
+
+    def _tell(self) -> None:
+        written, at, over = None, 0.0, False
+        while not over:
+            if self._beat is not written or time.monotonic() - at > ALIVE:
+                written, at = self._beat, time.monotonic()
+                self._write()
+            over = self._over.wait(1.0)
+        self._write()
+
+    def _state(self) -> dict[str, Any]:
+        step, phase = self._beat
+        return self._who | {
+            "step": step,
+            "phase": phase,
+            "moved": self._moved if self._beat is self._last else time.time(),
+            "alive": time.time(),
+            "slow": self._slow(),
+        }
+
+    def _write(self) -> None:
+        state = self._state()
+        path = os.path.join(self._folder, f"rank-{state['process']}.json")
+        with contextlib.suppress(OSError):
+            os.makedirs(self._folder, exist_ok=True)
+            with open(path + ".tmp", "w", encoding="utf-8") as f:
+                f.write(json.dumps(state))
+            os.replace(path + ".tmp", path)
+
+
+def read(folder: str) -> dict[int, dict[str, Any]]:
+    """{process: what its file in WORKDIR/heartbeats says}; a file that can't be read is passed over."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            if name.startswith("rank-") and name.endswith(".json"):
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    with open(os.path.join(folder, name), encoding="utf-8") as f:
+                        state = json.load(f)
+                    found[int(state["process"])] = state
+    return found
+
+
+def missing(own: dict[str, Any], others: dict[int, dict[str, Any]], now: float) -> str:
+    """Where a process waits and since when, and who of the others is missing, in one line.
+
+    Args:
+      own: of the process that waits, as its file has it.
+      others: of all processes, by number, as `read` found them; of an earlier attempt where one has not begun.
+      now: seconds since 1970.
+    """
+    text = f"nothing has moved for {now - own['moved']:.0f} s in step {own['step']} ({own['phase']})"
+    told = []
+    for process in range(own["of"]):
+        if process == own["process"]:
+            continue
+        other = others.get(process)
+        who = f"process {process}" + (f" (pid {other['pid']} on {other['host']})" if other else "")
+        if other is None:
+            told.append(f"{who} has not begun")
+        elif other["phase"] == "ended":
+            told.append(f"{who} has ended, after step {other['step']}")
+        elif now - other["alive"] > LOST:
+            ago = f"{now - other['alive']:.0f} s"
+            told.append(f"{who} has shown no sign of life for {ago}, last in step {other['step']} ({other['phase']})")
+        elif (other["step"], other["phase"]) != (own["step"], own["phase"]):
+            ago = f"{now - other['moved']:.0f} s"
+            told.append(f"{who} is in step {other['step']} ({other['phase']}) since {ago}")
+    if not told and own["of"] > 1:
+        told = ["all others are there and wait as well"]
+    more = f"; and {len(told) - 8} more" if len(told) > 8 else ""
+    return "; ".join([text, *told[:8]]) + more
