@@ -111,6 +111,7 @@ def base() -> ConfigDict:
     c.model = model = ConfigDict()
     model.backbone = "dit"  # dit | uvit: see vidgen/models/
     model.weights = ""  # training starts from these: a directory of `vidgen import`, or a run's; empty: from nothing
+    model.fresh = ()  # regexes of parameters that start from nothing all the same: a head of another size, say
     model.width = 384
     model.layers = 12
     model.heads = 6
@@ -206,7 +207,7 @@ def base() -> ConfigDict:
     train.keep = 2  # checkpoints kept, the newest of those by step
     train.keep_every = 0  # steps whose multiples are kept for good; 0: none
     train.best = ""  # figure of the held-out clips, heldout_loss say, of which the best checkpoint is kept too
-    train.checkpoints = ""  # directory or URL (gs://…, s3://…) that they lie in; empty: WORKDIR/checkpoints
+    train.checkpoints = ""  # directory or gs://… that they lie in; empty: WORKDIR/checkpoints
     train.spike = 0.0  # a loss so many times its running mean, for several steps, rolls the run back; 0: never
     train.rollbacks = 3  # how often, before the run gives up
     train.recheck_every = 0  # steps between checks that hardware gives the same bits twice; 0: never

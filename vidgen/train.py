@@ -146,6 +146,7 @@ def _settled(config: ConfigDict) -> ConfigDict:
         "model.weights": config.model.weights,
         "sample.expert": config.sample.expert,
         "data.latents": config.data.latents,
+        "train.checkpoints": "" if "://" in config.train.checkpoints else config.train.checkpoints,
     }
     if os.path.isdir(config.data.source):
         paths["data.source"] = config.data.source
@@ -203,12 +204,14 @@ def begin(
     """
     start = program.task.start
     own = {"fingerprint": course.source.fingerprint, "tokenizer": course.tokenizer, "text": course.text}
-    own["weights"] = start.digest if start else ""
+    own |= {"weights": start.digest if start else "", "config": to_json(program.config)}
     latest = checkpoints.newest_good(say)
     if latest is None:
         return program.init(), own | {"tokens_seen": 0.0}
     facts = checkpoints.facts(latest)
-    if other := provenance.compare(facts, f"{checkpoints.where}/{latest}"):
+    where = f"{checkpoints.where}/{latest}"
+    checkpoint.check_saved_config(facts, program.config, where)
+    if other := provenance.compare(facts, where):
         say(other)
     restored.check_tokenizer(course.tokenizer, facts, program.config.tokenizer.weights)
     check_digest(program.config, start, facts)

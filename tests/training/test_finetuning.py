@@ -275,6 +275,50 @@ def test_weights_with_an_array_too_many_or_too_few(given, tmp_path):
     assert os.path.isdir(where)
 
 
+def test_a_layer_of_another_size_starts_from_nothing(given):
+    """A head that puts out a variance as well, on weights whose head doesn't; and clips cut into other patches."""
+    where, flat = given
+    config = make(where)
+    config.model.learned_sigma = True
+    with pytest.raises(ConfigError, match="learned_sigma=True: the weights in .* are of model.learned_sigma=False"):
+        built(config)
+    config.model.fresh = ("^embed/",)
+    with pytest.raises(ConfigError, match="head/bias has shape .768.; expected .1536. .* config.model.fresh may name"):
+        built(config)
+    config.model.fresh = ("^head/",)
+    params = flatten(built(config).init().params)
+    assert params["head/bias"].shape == (1536,) and not params["head/bias"].any()
+    for path in flat.keys() - {"head/bias", "head/kernel"}:
+        np.testing.assert_array_equal(params[path], flat[path], err_msg=path)
+    other = make(where)
+    other.tokenizer.stride = (4, 4, 4)
+    other.rows.update(tokens=96)
+    other.model.fresh = ("^head/", "^embed/")
+    assert flatten(built(other).init().params)["embed/kernel"].shape[0] == 192
+    config.model.fresh = ("(",)
+    with pytest.raises(ConfigError, match=r"config.model.fresh: '\(' is no regular expression"):
+        built(config)
+
+
+def test_a_runs_weights_with_a_new_head_and_another_optimizer(tmp_path):
+    c = make()
+    c.train.steps = 1
+    train.run(c, str(tmp_path / "run"))
+    kept = Checkpoints(str(tmp_path / "run"), read_only=True)
+    c = make(tmp_path / "run")
+    c.optimizer.name, c.model.fresh = "adafactor", ("^head/",)
+    program = built(c, devices=2, data=1, fsdp=2)
+    averaged = flatten(kept.restore_ema(1, program.state_like.ema))
+    kept.close()
+    params = flatten(program.init().params)
+    assert params.keys() == averaged.keys() and averaged["head/kernel"].any()
+    for path in params:
+        assert np.array_equal(params[path], averaged[path]) == (not path.startswith("head/")), path
+    c.mesh.update(data=-1, fsdp=2)
+    c.train.steps = 1
+    assert train.run(c, str(tmp_path / "tuned")).step == 1
+
+
 def test_a_vae_takes_no_denoisers_settings():
     config = configs.load(os.path.join(os.path.dirname(configs.__file__), "..", "configs", "vae_moving_shapes.py"))
     config.lora.rank = 4

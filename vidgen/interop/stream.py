@@ -35,7 +35,7 @@ def find(directory: str, kind: str = "denoiser") -> str:
     raise ConfigError(f"{directory}: a pipeline without weights of kind {kind!r}; its parts: {found}")
 
 
-def load_onto(directory: str, like: Any, dtype: Any = None) -> Any:
+def load_onto(directory: str, like: Any, dtype: Any = None, partial: bool = False) -> Any:
     """Reads weights straight into their places, the largest array first.
 
     Memory of the host beside what lies on its devices: no more than one array of the tree (of stacked layers, all of
@@ -47,6 +47,7 @@ def load_onto(directory: str, like: Any, dtype: Any = None) -> Any:
       like: a tree of the parameters, with a `jax.sharding.Sharding` at each leaf, or a ShapeDtypeStruct that has one,
         whose shape is then checked, and whose dtype is taken; or one sharding for all.
       dtype: of the arrays; None: that of `like`, or as they are stored.
+      partial: `like` may lack some of the arrays, which then aren't read.
 
     Returns:
       The tree of `like` with jax.Arrays, or nested dicts.
@@ -59,9 +60,9 @@ def load_onto(directory: str, like: Any, dtype: Any = None) -> Any:
         places = dict.fromkeys(arrays.specs, like)
     else:
         places = weights.flatten(like)
-    _check(arrays, places)
+    _check(arrays, places, partial)
     found = {}
-    for path in sorted(arrays.specs, key=lambda path: -math.prod(arrays.specs[path][0])):
+    for path in sorted(places, key=lambda path: -math.prod(arrays.specs[path][0])):
         place = places[path]
         struct = isinstance(place, jax.ShapeDtypeStruct)
         wanted = dtype or (place.dtype if struct else None)
@@ -87,8 +88,8 @@ def _opened(directory: str) -> Arrays:
     return arrays_on_disk.of_weights(find(directory))
 
 
-def _check(arrays: Arrays, places: dict[str, Any]) -> None:
-    if odd := sorted(places.keys() ^ arrays.specs.keys()):
+def _check(arrays: Arrays, places: dict[str, Any], partial: bool) -> None:
+    if odd := sorted(places.keys() - arrays.specs.keys() if partial else places.keys() ^ arrays.specs.keys()):
         what = "lacks" if odd[0] in places else "has"
         raise ConfigError(
             f"{arrays.where}: {what} {odd[0]}, the config's model {'has it' if odd[0] in places else 'does not'}; "

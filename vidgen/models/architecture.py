@@ -43,6 +43,9 @@ KEYS = (
     "text_mlp",
 )
 
+# Those of them that add layers, or are of the first and last ones alone.
+DOORS = ("absolute", "table", "cross", "classes", "learned_sigma", "cond", "image_width", "image_tokens", "text_mlp")
+
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
@@ -98,6 +101,11 @@ class Architecture:
     def to_model(self) -> dict[str, Any]:
         """Settings for `config.model.update`, which make this architecture of any config."""
         return dict(self.model)
+
+    def with_doors_of(self, other: Architecture) -> Architecture:
+        """This one but for its first and last layers, and those that can be added, which are the other's."""
+        model = tuple((key, other[key] if key in DOORS else value) for key, value in self.model)
+        return dataclasses.replace(other, model=model)
 
     def config(self) -> ConfigDict:
         """A run's config of this architecture, in float32, all else at its default."""

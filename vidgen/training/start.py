@@ -89,8 +89,9 @@ def find(config: ConfigDict, generator: Generator) -> Start | None:
     """What `config.model.weights` names: a weights directory of kind "denoiser", an imported pipeline, of which its
     `transformer/` is taken, or a run's workdir, of which the averaged weights of the newest good checkpoint are.
 
-    None where it names nothing. Raises ConfigError, naming the setting and both values, for weights of another
-    architecture, and for arrays that are missing, unexpected or of another shape.
+    None where it names nothing. Parameters whose path has a match of one of `config.model.fresh` start from nothing, so
+    that a layer can be added or have another size. Raises ConfigError, naming the setting and both values, for weights
+    of another architecture, and for arrays that are missing, unexpected or of another shape.
     """
     where = config.model.weights
     if not where:
@@ -105,11 +106,13 @@ def find(config: ConfigDict, generator: Generator) -> Start | None:
         theirs = Architecture.from_dict(about["config"])
     except ConfigError as e:
         raise ConfigError(f"{os.path.join(where, weights.JSON)}: {e}") from None
-    _same(architecture_of(config, generator), theirs, where)
+    _same(architecture_of(config, generator), theirs, where, config)
     stored = _taken(weights.headers(where), config)
     _check_fitting({path: x.shape for path, x in stored.items()}, config, generator, where)
     dtypes = {path: x.dtype for path, x in stored.items()}
-    return Start(where, dtypes, lambda: weights.digest_of(where), lambda like: stream.load_onto(where, like))
+    return Start(
+        where, dtypes, lambda: weights.digest_of(where), lambda like: stream.load_onto(where, like, partial=True)
+    )
 
 
 def _of_run(config: ConfigDict, generator: Generator, workdir: str) -> Start:
@@ -117,7 +120,7 @@ def _of_run(config: ConfigDict, generator: Generator, workdir: str) -> Start:
     if theirs.task != "denoiser":
         raise ConfigError(f"config.model.weights={workdir}: a run with task={theirs.task}; expected a denoiser's")
     own = generators.from_config(theirs)
-    _same(architecture_of(config, generator), architecture_of(theirs, own), workdir)
+    _same(architecture_of(config, generator), architecture_of(theirs, own), workdir, config)
     like = jax.eval_shape(lambda: own.init(jax.random.key(0), generators.example(theirs)))
     found = _taken(weights.flatten(like), config)
     _check_fitting({path: x.shape for path, x in found.items()}, config, generator, workdir)
@@ -125,9 +128,15 @@ def _of_run(config: ConfigDict, generator: Generator, workdir: str) -> Start:
     about = json.dumps([configs.to_json(theirs), step, facts], sort_keys=True)
 
     def load(like: dict[str, Any]) -> dict[str, Any]:
+        wanted = {path: x.sharding for path, x in weights.flatten(like).items()}
+        somewhere = next(iter(wanted.values()))  # what isn't wanted has another shape here, or no place
+        whole = NamedSharding(somewhere.mesh, P()) if isinstance(somewhere, NamedSharding) else somewhere
+        every = weights.flatten(parameters_like(theirs, own))
         checkpoints = Checkpoints(workdir, read_only=True)
         try:
-            return averaged(theirs, own, checkpoints, step, jax.tree.map(lambda x: x.sharding, like))
+            places = weights.nest({path: wanted.get(path, whole) for path in every if not lora.is_low_rank(path)})
+            params = weights.flatten(averaged(theirs, own, checkpoints, step, places))
+            return weights.nest({path: params[path] for path in wanted})
         finally:
             checkpoints.close()
 
@@ -161,7 +170,7 @@ def _taken(found: Mapping[str, Any], config: ConfigDict) -> dict[str, Any]:
 
 
 def _fresh(path: str, config: ConfigDict) -> bool:
-    for pattern in config.model.get("fresh", ()):
+    for pattern in config.model.fresh:
         try:
             if re.search(pattern, path):
                 return True
@@ -170,7 +179,9 @@ def _fresh(path: str, config: ConfigDict) -> bool:
     return False
 
 
-def _same(ours: Architecture, theirs: Architecture, where: str) -> None:
+def _same(ours: Architecture, theirs: Architecture, where: str, config: ConfigDict) -> None:
+    if config.model.fresh:  # layers that are new, or of other sizes, are then told by their names
+        theirs = theirs.with_doors_of(ours)
     if found := architecture.difference(ours, theirs):
         name, mine, other = found
         raise ConfigError(
@@ -187,10 +198,16 @@ def _check_fitting(found: Mapping[str, tuple[int, ...]], config: ConfigDict, gen
     left = wanted.keys() - found.keys()
     missing = sorted(path for path in left if not path.startswith("text/") and not _fresh(path, config))
     if missing:
-        raise ConfigError(f"{where}: no array {missing[0]} of shape {list(wanted[missing[0]])}, of {len(wanted)}")
+        raise ConfigError(
+            f"{where}: no array {missing[0]} of shape {list(wanted[missing[0]])}, of {len(wanted)}; config.model.fresh "
+            "may name what is to start from nothing"
+        )
     for path, shape in found.items():
         if tuple(shape) != wanted[path]:
-            raise ConfigError(f"{where}: {path} has shape {list(shape)}; expected {list(wanted[path])} by the config")
+            raise ConfigError(
+                f"{where}: {path} has shape {list(shape)}; expected {list(wanted[path])} by the config; "
+                "config.model.fresh may name what is to start from nothing"
+            )
 
 
 def averaged(config: ConfigDict, generator: Generator, checkpoints: Checkpoints, step: int, places: Any) -> Any:
