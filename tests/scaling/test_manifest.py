@@ -36,6 +36,7 @@ def test_long_names_are_cut_and_stay_apart():
         (tuple(p | {"label.name": "../a"} for p in SPACE), "names a folder"),
         (({"seed": 1, "label.name": ".."},), "names a folder"),
         (({"seed": 1, "label.name": "a" * 300},), "300 characters; expected at most 200"),
+        (({"data.source": "https://me:hunter22@host/clips"},), "config.data.source holds a credential"),
         (({"seed": 1, "label.status": "good"},), "label.status: the results have a column status already"),
     ],
 )

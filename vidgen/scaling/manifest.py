@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from vidgen import secrets
 from vidgen.config import ConfigError
 from vidgen.scaling.algebra import LABEL, Space, labels_of, settings_of
 from vidgen.studio import media
@@ -67,11 +68,16 @@ def expand(points: Space) -> tuple[Run, ...]:
     """Runs of the points of a space, named by what they differ in.
 
     Raises ConfigError where there are none, for points that are the same run or have the same `label.name`, for a label
-    that is called like another column of the results, and for a value that no JSON file holds.
+    that is called like another column of the results, for a value that no JSON file holds, and for a credential.
     """
     if not points:
         raise ConfigError("the sweep expands to no runs; expected at least one")
     points = tuple({key: _plain(key, value) for key, value in point.items()} for point in points)
+    if held := [key for point in points for key in secrets.credentials(settings_of(point))]:
+        raise ConfigError(
+            f"config.{held[0]} holds a credential, which a sweep would keep on disk; expected none: leave it to the "
+            "environment"
+        )
     every = sorted({key for point in points for key in settings_of(point)})
     seen = {key: {json.dumps(point.get(key), sort_keys=True) for point in points} for key in every}
     varied = tuple(key for key in every if len(seen[key]) > 1)
