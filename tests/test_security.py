@@ -187,6 +187,8 @@ def test_secrets_are_blanked_out_wherever_they_stand(name):
         f"GET https://host/x?a=1&token={secret}&b=2",
         json.dumps({"env": {name: PLANTED[name]}}),
         f"Authorization: Bearer {secret}",
+        f"vidgen train: error: headers: Authorization: Bearer {secret}",
+        f"a flag that is not known: {name}={PLANTED[name]}",
     ):
         found = secrets.redacted(text)
         assert secret not in found and "***" in found, text
@@ -210,6 +212,11 @@ def test_secrets_are_blanked_out_wherever_they_stand(name):
 )
 def test_what_is_no_secret_stays(text):
     assert secrets.redacted(text) == text
+
+
+def test_a_long_text_is_looked_through_once():
+    for text in ("a" * 10**6, "a_-" * 10**5):  # as many steps as the square of it would take hours
+        assert secrets.redacted(text) == text
 
 
 def test_no_setting_is_called_like_a_secret():

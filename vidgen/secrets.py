@@ -48,14 +48,16 @@ _USER = re.compile(  # before the host of a URL: user:password, or a name as lon
     r"(?<=://)(?:[^/?#\s'\"@:]*:(?!\d+/)[^\s'\"@]*|[^/?#\s'\"@:]{16,})@"
 )
 _NAMED = re.compile(  # name=value and name: value; also in a URL's query, in JSON and in a header
-    r"(?P<name>[A-Za-z][A-Za-z0-9_.-]*)(?P<between>['\"]?\s*(?:=|:)\s*['\"]?(?:(?:Bearer|Basic)\s+)?)"
-    r"(?P<value>[^\s'\"&#,;)}\]]+)"
+    r"(?<![A-Za-z0-9_.-])(?P<name>[A-Za-z0-9_.-]++)(?P<between>['\"]?\s*+[=:]\s*+['\"]?(?:(?:Bearer|Basic)\s++)?)"
+    r"(?P<value>[^\s'\"&#,;)}\]]++)"
 )
 _QUERY = {"sig", "signature", "key", "auth"} | {
     f"x-{whose}-{what}" for whose in ("amz", "goog") for what in ("signature", "credential")
 }
 _PARAMETER = re.compile(r"(?P<name>(?<=[?&])[A-Za-z0-9_-]+)=(?P<value>[^&#\s'\"]+)")
-_FLAG = re.compile(r"(?P<name>--?[A-Za-z][A-Za-z0-9_.-]*)\s+(?P<value>[^-\s'\"][^\s'\"]*)")  # --token VALUE
+_FLAG = re.compile(  # --token VALUE
+    r"(?<![A-Za-z0-9_.-])(?P<name>--?[A-Za-z][A-Za-z0-9_.-]*+)(?P<between>\s++)(?P<value>[^-\s'\"][^\s'\"]*+)"
+)
 
 
 def names_secret(name: str) -> bool:
@@ -95,8 +97,7 @@ def _under(key: str, value: Any) -> Any:
 def _text(text: str) -> str:
     text = _USER.sub(f"{BLANK}@", text)
     text = _PARAMETER.sub(_parameter, text)
-    text = _NAMED.sub(_named, text)
-    text = _FLAG.sub(_named, text)
+    text = _named(_FLAG, _named(_NAMED, text))
     return _VALUE.sub(BLANK, text)
 
 
@@ -105,10 +106,16 @@ def _parameter(match: re.Match) -> str:
     return f"{match['name']}={BLANK}" if secret else match[0]
 
 
-def _named(match: re.Match) -> str:
-    value, between = match["value"], match[0][len(match["name"]) : -len(match["value"])]
-    # What people are told of a setting, as in "token: expected …", is a word and no secret.
-    told = between.isspace() or between.strip() == ":"
-    if not names_secret(match["name"]) or value.startswith(BLANK) or told and re.fullmatch("[a-z]+", value):
-        return match[0]
-    return match["name"] + between + BLANK
+def _named(pattern: re.Pattern, text: str) -> str:
+    """Blanks out what stands behind names of secrets. The value of another name may hold such a name itself."""
+    parts, at = [], 0
+    while match := pattern.search(text, at):
+        start, value, between = match.start("value"), match["value"], match["between"]
+        parts.append(text[at:start])
+        at = start
+        # What people are told of a setting, as in "token: expected …", is a word and no secret.
+        told = (between.isspace() or between.strip() == ":") and re.fullmatch("[a-z]+", value)
+        if names_secret(match["name"]) and not value.startswith(BLANK) and not told:
+            parts.append(BLANK)
+            at = match.end()
+    return "".join([*parts, text[at:]])
