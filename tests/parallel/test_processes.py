@@ -331,6 +331,13 @@ def test_a_notice_to_one_process_reaches_all_at_the_same_step_and_batch(tmp_path
     assert both[0] == both[1] and both[0][0].startswith("preempted at ") and both[0][1] == "left at 4 10"
 
 
+def raised_from(cause):
+    """As `Checkpoints` raises it."""
+    error = ConfigError("the checkpoint could not be written")
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
@@ -339,6 +346,9 @@ def test_a_notice_to_one_process_reaches_all_at_the_same_step_and_batch(tmp_path
         (processes.Restartable("not here"), 75),
         (ConnectionResetError("gone"), 75),
         (OSError(errno.EIO, "Input/output error"), 75),
+        (raised_from(OSError(errno.ESTALE, "Stale file handle")), 75),
+        (raised_from(jax.errors.JaxRuntimeError("a task has died")), 75),
+        (raised_from(OSError(errno.ENOSPC, "No space left on device")), 2),
         (SystemExit(75), 75),
         (RuntimeError("a bug"), 1),
         (KeyboardInterrupt(), 1),

@@ -200,12 +200,12 @@ def barrier(name: str, timeout: float = TIMEOUT) -> None:
 
 
 def gathered(key: str, text: str, timeout: float = TIMEOUT) -> list[str]:
-    """What each process, in order, called this with; for process 0 alone, the others get []. Raises Restartable.
+    """What each process, in order, called this with, for process 0; the others get []. Every process calls it.
 
-    `key`: of the coordinator's store, the same on all and not used before.
+    `key`: of the coordinator's store, the same on all and not used before. Raises Restartable as `barrier` does.
     """
     _client().key_value_set(f"{key}/{jax.process_index()}", text)
-    barrier("to have told process 0 what they run", timeout)
+    barrier("to have told process 0 what they found", timeout)
     return [text for _, text in sorted(_listed(f"{key}/").items())] if is_lead() else []
 
 
@@ -292,12 +292,21 @@ def as_one(verb: str) -> Iterator[None]:
 
 def exit_status(error: BaseException) -> int:
     """2: the user can mend it; 75: nobody need, a restart may do; 1: it should not have happened."""
-    passing = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, Restartable | ConnectionError | TimeoutError) or getattr(error, "errno", None) in passing:
+    if isinstance(error, Restartable) or _passes(error):
+        return RESTART
+    # A checkpoint that could not be written, or a clip read, because a server of files or another process was away.
+    cause = error.__cause__ if isinstance(error, ConfigError) else None
+    if _passes(cause) or isinstance(cause, jax.errors.JaxRuntimeError):
         return RESTART
     return 2 if isinstance(error, ConfigError | OSError) else 1
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Whether it is of a kind that may be over by itself."""
+    passing = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+    return isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) in passing
 
 
 def _leave(text: str, status: int, interrupted: bool = False) -> NoReturn:

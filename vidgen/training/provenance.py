@@ -1,9 +1,8 @@
-"""Which program wrote a checkpoint, and with which config: kept in its facts, and compared when a run goes on."""
+"""Which program wrote a checkpoint: kept in its facts, and compared when a run goes on."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import subprocess
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 import vidgen
 from vidgen.config import ConfigError
+from vidgen.parallel import fingerprints
 
 FORMAT = 1  # of a checkpoint: its items, and what of a state is in which
 KEY = "written_by"
@@ -25,16 +25,9 @@ def here() -> dict[str, Any]:
 
     The commit is empty where the package is no part of a git checkout.
     """
-    own = {"format": FORMAT, "vidgen": vidgen.__version__, "code": code(), "commit": _commit()}
+    code = fingerprints.code(Path(vidgen.__file__).parent)[:16]
+    own = {"format": FORMAT, "vidgen": vidgen.__version__, "code": code, "commit": _commit()}
     return own | {name: metadata.version(name) for name in PACKAGES}
-
-
-def code() -> str:
-    """16 hex digits over the Python files of the package, their paths and contents."""
-    root, total = Path(vidgen.__file__).parent, hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        total.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
-    return total.hexdigest()[:16]
 
 
 def _commit() -> str:
