@@ -1,6 +1,7 @@
 """Checkpoints: what is damaged is never used, what is kept stays, and what can't be saved is said."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -115,6 +116,18 @@ def test_a_missing_a_cut_and_an_extra_file_are_found(copied, opened):
     assert checkpoints.damage(4) == f"{cut.relative_to(step / '4')} is not as it was saved"
     assert checkpoints.damage(6) == "state/ocdbt.process_0/d/more was not there when it was saved"
     assert checkpoints.damage(6, ("ema", "facts")) == ""
+
+
+def test_a_server_of_files_that_is_away_damages_nothing(copied, opened, monkeypatch):
+    def away(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    checkpoints = opened(copied, keep())
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.checksums, "_digest", away)
+        with pytest.raises(OSError, match="Stale"):
+            checkpoints.newest_good()
+    assert sorted(os.listdir(copied / "checkpoints")) == ["2", "4", "6"] and checkpoints.newest_good() == 6
 
 
 def test_a_run_goes_on_from_the_newest_good_one_and_leaves_the_damaged_one(copied, opened):

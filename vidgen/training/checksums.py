@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
+import errno
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from orbax.checkpoint._src.path import atomicity, gcs_utils
 SEAL = "vidgen.sha256"  # file of a checkpoint; `sha256sum -c` reads it too
 COMMIT = atomicity.COMMIT_SUCCESS_FILE  # what Orbax writes last where a folder can't be renamed in one move
 BLOCK = 2**20  # bytes read at once
+AWAY = (errno.ESTALE, errno.ETIMEDOUT)  # a server of files that doesn't answer says nothing of what it holds
 THREADS = 2  # the step needs the host's cores more
 
 
@@ -53,12 +55,17 @@ def find(folder: epath.Path, items: Sequence[str] = (), part: int = 0, parts: in
       items: the subfolders that matter; empty: all of it.
       part: of `parts` processes, each of which reads its share of the files.
       parts: processes that share the work.
+
+    Raises OSError where a server of files does not answer.
     """
     listed, wrong = _listed(folder)
     if wrong:
         return wrong
-    # In a bucket the last file is written after the checksums, and that it is there at all is what it says.
-    there = {name for name in _files(folder) if name != COMMIT or name in listed}
+    try:
+        # In a bucket the last file is written after the checksums, and that it is there at all is what it says.
+        there = {name for name in _files(folder) if name != COMMIT or name in listed}
+    except FileNotFoundError:
+        return Damage(SEAL, "is there, but not the files that it lists")  # as while the run deletes the checkpoint
     names = sorted(name for name in there | listed.keys() if not items or name.partition("/")[0] in items)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda path: _damage(folder, path, listed), names[part::parts])
@@ -116,6 +123,8 @@ def _damage(folder: epath.Path, path: str, listed: dict[str, str]) -> Damage | N
     except FileNotFoundError:
         return Damage(path, "is missing")
     except OSError as e:
+        if e.errno in AWAY:
+            raise
         return Damage(path, f"cannot be read ({e.strerror or e})")
 
 
@@ -126,6 +135,8 @@ def _listed(folder: epath.Path) -> tuple[dict[str, str], Damage | None]:
     except FileNotFoundError:
         return {}, Damage(SEAL, "is missing: it was not finished, or an older vidgen wrote it")
     except (OSError, UnicodeError) as e:
+        if getattr(e, "errno", None) in AWAY:
+            raise
         return {}, Damage(SEAL, f"cannot be read ({' '.join(str(e).split())[:100]})")
     lines = text.splitlines(keepends=True)
     body = "".join(lines[:-1])
