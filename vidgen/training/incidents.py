@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import threading
 import time
 from typing import Any
 
+from vidgen import lines
 from vidgen.training.journal import complain
 
 FILE = "incidents.jsonl"
@@ -36,7 +36,7 @@ def record(workdir: str, step: int, kind: str, text: str, **more: Any) -> None:
     with _lock:
         before = _kept.get(path, [])
         try:
-            _append(path, "".join([*before, line]).encode("utf-8", "backslashreplace"))
+            lines.append(path, "".join([*before, line]).encode("utf-8", "backslashreplace"))
             _kept.pop(path, None)
         except OSError as e:
             _kept[path] = [*before, line][-KEPT:]
@@ -46,30 +46,10 @@ def record(workdir: str, step: int, kind: str, text: str, **more: Any) -> None:
 
 def read(workdir: str) -> list[dict[str, Any]]:
     """The rows, oldest first; none where there is no file. What a kill left of a row is passed over."""
-    try:
-        with open(os.path.join(workdir, FILE), encoding="utf-8", errors="replace") as f:
-            lines = f.read().split("\n")[:-1]
-    except FileNotFoundError:
-        return []
     rows = []
-    for line in lines:
+    for row in lines.read(os.path.join(workdir, FILE)):
         try:
-            row = json.loads(line)
             rows.append(row | {"time": float(row["time"]), "step": int(row["step"])})
         except (ValueError, TypeError, KeyError, OverflowError):
             continue
     return [row for row in rows if "kind" in row and "text" in row]
-
-
-def _append(path: str, data: bytes) -> None:
-    """All of it or nothing, on a line of its own."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        size = os.fstat(fd).st_size
-        if size and os.pread(fd, 1, size - 1) != b"\n":
-            data = b"\n" + data
-        if os.write(fd, data) < len(data):
-            os.ftruncate(fd, size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    finally:
-        os.close(fd)
