@@ -39,6 +39,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # that are passed on
 STOPPED = {128 + number for number in SIGNALS}  # exit status of a run that was asked to stop
 USER = 2  # exit status of what the user can mend
 SLOW = 10  # times --hang while a process starts or compiles
+SILENT = 10.0  # seconds after which a process that writes its heartbeat every other second is stopped
 LONGEST = 60.0  # seconds between two attempts
 ENOUGH = 300.0  # seconds after a signal was passed on; what has not ended then is killed
 TAIL = 15  # last lines of an attempt that are kept
@@ -253,6 +254,7 @@ class Heartbeats:
         self._began = self._looked = time.monotonic()
         self.seen: dict[str, dict[str, Any]] = {}  # {file: what it says}, of this attempt
         self._since: dict[str, float] = {}  # when it was first seen to say that: clocks of hosts may differ
+        self._heard: dict[str, tuple[Any, float]] = {}  # its "alive", and when that was first seen
 
     def hung(self) -> str:
         """How the attempt hangs, in words; empty where it does not."""
@@ -263,8 +265,11 @@ class Heartbeats:
         if not self.seen:
             late = self._trains and now - self._began > SLOW * self._hang
             return f"showed no sign of life for {now - self._began:.0f} s, and was killed" if late else ""
+        # One that compiles is waited for by the others too; one that is stopped, and says nothing, is not.
+        lives = {name for name in self.seen if now - self._heard[name][1] < SILENT}
+        slow = any(self.seen[name].get("slow") and self.seen[name]["phase"] != "ended" for name in lives)
         for name, state in sorted(self.seen.items()):
-            waited, limit = now - self._since[name], self._hang * (SLOW if state.get("slow") else 1)
+            waited, limit = now - self._since[name], self._hang * (SLOW if slow and name in lives else 1)
             if state["phase"] != "ended" and waited > limit:
                 who = f"process {state['process']} on {state.get('host', '?')}"
                 return f"hung, {who} for {waited:.0f} s in step {state['step']} ({state['phase']}), and was killed"
@@ -276,6 +281,8 @@ class Heartbeats:
         for name, state in self._read().items():
             if beat(state) != self._before.get(name):
                 self._before[name], self.seen[name], self._since[name] = beat(state), state, self._looked
+            if name in self.seen and self._heard.get(name, ("", 0.0))[0] != state.get("alive"):
+                self._heard[name] = state.get("alive"), self._looked
 
     def _read(self) -> dict[str, dict[str, Any]]:
         found = {}

@@ -23,10 +23,10 @@ counter = workdir / "counter"
 attempt = int(counter.read_text()) + 1 if counter.exists() else 1
 counter.write_text(str(attempt))
 
-def beat(step, phase="step", slow=False):
+def beat(step, phase="step", slow=False, process=0):
     (workdir / "heartbeats").mkdir(exist_ok=True)
-    state = {"process": 0, "host": "b", "pid": os.getpid(), "step": step, "phase": phase, "slow": slow}
-    path = workdir / "heartbeats/rank-0.json"
+    state = {"process": process, "host": "b", "pid": os.getpid(), "step": step, "phase": phase, "slow": slow}
+    path = workdir / f"heartbeats/rank-{process}.json"
     path.with_suffix(".tmp").write_text(json.dumps(state | {"moved": time.time()}))
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -151,9 +151,13 @@ def test_what_compiles_has_longer_and_what_moves_is_left_alone(command, tmp_path
     body = "beat(0, 'compile', slow=True)\ntime.sleep(3)\nfor n in range(8):\n    beat(n)\n    time.sleep(0.3)"
     status, out, _ = run(command(body, "--hang=1"))
     assert (status, out) == (0, "attempt 1\n")
+    # Process 0 is in its first step and waits for the other, which still compiles.
+    both = "beat(0, 'compile', True, 1)\nbeat(1)\ntime.sleep(2.5)\nbeat(2, 'ended')\nbeat(2, 'ended', False, 1)"
+    status, out, _ = run(command(both, "--hang=1"))
+    assert (status, out) == (0, "attempt 2\n")
     # What an earlier attempt left behind is no sign of this one's.
     status, out, _ = run(command("time.sleep(3)", "--hang=1"))
-    assert (status, out) == (0, "attempt 2\n")
+    assert (status, out) == (0, "attempt 3\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from vidgen.training import watchdog
-from vidgen.training.watchdog import Watchdog, missing, read
+from vidgen.training.watchdog import Peers, Watchdog, missing, read
 
 HANGS = """
 import ctypes, sys
@@ -143,6 +143,48 @@ def test_who_is_missing(other, says):
     own = state(0, 12, "step", 970, 1000)
     others = {n: state(n, 12, "step", 971, 999) for n in (0, 2, 3)} | ({1: other} if other else {})
     assert missing(own, others, 1000.0) == f"nothing has moved for 30 s in step 12 (step); {says}"
+
+
+def test_one_that_compiles_is_waited_for_and_one_that_is_stopped_is_not():
+    peers, earlier = Peers(0, began=1000.0), state(3, 9, "compile", 900, 990) | {"slow": True}
+    seen = []
+    for now in range(0, 30, 3):  # seconds; process 1 compiles up to 18, and is stopped from 6 on
+        states = {n: state(n, 12, "step", 1001, 1001 + now) | {"slow": False} for n in (0, 2)}
+        phase = {"phase": "compile", "slow": True} if now < 18 else {"phase": "step", "slow": False}
+        states |= {1: state(1, 1, "compile", 1001, 1001 + min(now, 6)) | phase, 3: earlier}
+        peers.look(states, 50.0 + now)
+        seen.append((now, peers.slow, peers.stopped))
+    assert [(now, slow) for now, slow, _ in seen] == [(now, now < 18) for now in range(0, 30, 3)]
+    assert [(now, stopped) for now, _, stopped in seen] == [(now, now > 6 + watchdog.LOST) for now in range(0, 30, 3)]
+    states[1]["phase"] = "ended"
+    peers.look(states, 90.0)
+    assert not peers.stopped  # nor does it say so where its own file is not written either, as on a full disk
+    states[1]["phase"] = "step"
+    peers.look(states, 100.0)
+    assert not peers.stopped
+
+
+def alone_of_two(tmp_path, **peer):
+    """What a process that hangs for 0.3 s does within 1.5 s beside a peer that says this, and that lives on."""
+    (tmp_path / "heartbeats").mkdir()
+    ended, began = [], time.monotonic()
+    watch = Watchdog(str(tmp_path), hang=0.3, end=ended.append)
+    watch._who["of"] = 2
+    with watch:
+        watch.beat(2, "step")
+        while time.monotonic() < began + 1.5:
+            told = state(1, 0, "start", time.time(), time.time()) | peer
+            (tmp_path / "heartbeats/rank-1.json").write_text(json.dumps(told))
+            time.sleep(0.05)
+    return ended
+
+
+def test_a_process_that_has_begun_its_steps_waits_for_one_that_still_compiles(tmp_path):
+    assert not alone_of_two(tmp_path, slow=True)
+
+
+def test_and_not_for_one_that_does_not(tmp_path):
+    assert alone_of_two(tmp_path, slow=False, phase="step") == [75]
 
 
 def test_what_cannot_be_read_is_passed_over(tmp_path):

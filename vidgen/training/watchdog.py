@@ -32,9 +32,10 @@ class Watchdog:
     1970, and "slow" whether ten times the usual may pass before it moves again. It is written once a second at most; a
     disk that is full or hangs stops the writing and nothing else. When the context ends, its phase is "ended".
 
-    If nothing moves for `hang` seconds, ten times as long in the phases that compile, the process prints the stacks of
-    its threads, says who waits and who is missing, and ends with status 75, though the main thread may be in a
-    collective that never returns. Time during which the whole process was stopped doesn't count.
+    If nothing moves for `hang` seconds, ten times as long while this process or another one is in a phase that
+    compiles, the process prints the stacks of its threads, says who waits and who is missing, and ends with status 75,
+    though the main thread may be in a collective that never returns. One whose file is no longer written is stopped,
+    and not waited for. Time during which the whole process was stopped doesn't count.
     """
 
     def __init__(self, workdir: str, hang: float, end: Callable[[int], Any] = os._exit):
@@ -71,7 +72,7 @@ class Watchdog:
         return phase in ("start", "compile") or (phase != "step" and phase not in self._been)
 
     def _watch(self) -> None:
-        clock = time.monotonic()
+        clock, peers = time.monotonic(), Peers(self._who["process"], time.time())
         while not self._over.wait(self._tick):
             passed, clock = time.monotonic() - clock, time.monotonic()
             beat = self._beat
@@ -81,16 +82,25 @@ class Watchdog:
                 self._last, self._moved, self._waited = beat, time.time(), 0.0
                 continue
             self._waited += min(passed, 2 * self._tick)  # not the time in which this process was stopped
-            if self._hang and self._waited >= self._hang * (SLOW if self._slow() else 1):
+            if not self._hang or self._waited < self._hang:
+                continue
+            if self._who["of"] > 1 and time.monotonic() - peers.looked > ALIVE:
+                peers.look(self._read(), time.monotonic())
+            slow = not peers.stopped and (self._slow() or peers.slow)
+            if self._waited >= self._hang * (SLOW if slow else 1):
                 self._give_up()
                 return
 
-    def _give_up(self) -> None:
+    def _read(self) -> dict[int, dict[str, Any]]:
+        """What the files of all say; nothing where the disk hangs."""
         found: list[dict[int, dict]] = []
         reader = threading.Thread(target=lambda: found.append(read(self._folder)), daemon=True)
         reader.start()
-        reader.join(ALIVE)  # the disk may be what hangs
-        text = missing(self._state(), found[0] if found else {}, time.time())
+        reader.join(ALIVE)
+        return found[0] if found else {}
+
+    def _give_up(self) -> None:
+        text = missing(self._state(), self._read(), time.time())
         faulthandler.dump_traceback(file=2, all_threads=True)
         with contextlib.suppress(OSError):  # last, where a launcher shows it
             who = f"process {self._who['process']} of {self._who['of']}"
@@ -124,6 +134,33 @@ class Watchdog:
             with open(path + ".tmp", "w", encoding="utf-8") as f:
                 f.write(json.dumps(state))
             os.replace(path + ".tmp", path)
+
+
+class Peers:
+    """What a process that waits learns of the others of its attempt from their files.
+
+    Attributes:
+      looked: when it last looked, in seconds of the monotonic clock.
+      slow: whether one of them is in a phase that compiles.
+      stopped: whether one of them no longer writes its file, though it has not ended and this process still writes its.
+    """
+
+    def __init__(self, own: int, began: float):
+        """`began`: when the attempt did, in seconds since 1970; a file from before is of an earlier one."""
+        self._own, self._began = own, began
+        self._heard: dict[int, tuple[float, float]] = {}  # process → its "alive", and when it was first seen to be so
+        self.looked, self.slow, self.stopped = 0.0, False, False
+
+    def look(self, states: dict[int, dict[str, Any]], now: float) -> None:
+        """Takes note of what the files say, at a time of the monotonic clock."""
+        states = {process: state for process, state in states.items() if state.get("alive", 0.0) >= self._began}
+        for process, state in states.items():
+            if state["alive"] != self._heard.get(process, (0.0, 0.0))[0]:
+                self._heard[process] = state["alive"], now
+        silent = {process for process in states if now - self._heard[process][1] > LOST}  # clocks of hosts may differ
+        others = {p: state for p, state in states.items() if p != self._own and state["phase"] != "ended"}
+        self.looked, self.slow = now, any(state["slow"] for state in others.values())
+        self.stopped = self._own in states and self._own not in silent and bool(silent & others.keys())
 
 
 def read(folder: str) -> dict[int, dict[str, Any]]:
