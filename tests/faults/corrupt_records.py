@@ -21,11 +21,22 @@ def trials(short: bool, seed: int) -> list[Trial]:
     return [{"records": 400 if short else 10_000, "corrupt": 40 if short else 1000, "seed": seed}]
 
 
-def config(folder: pathlib.Path) -> Any:
+def config(folder: pathlib.Path, records: int) -> Any:
     """Large batches of small clips: few steps see all of them."""
     c = make_config(**{"data.source": str(folder), "train.max_bad": 0.5, "train.checkpoint_every": 1000})
-    c.rows.update(count=32, tokens=96, segments=16, text=512, caption=48, window=1024)
+    c.rows.update(count=4 if records < 1000 else 32, tokens=96, segments=16, text=512, caption=48, window=1024)
     return c
+
+
+def steps_to_see_all(c: Any, records: int) -> int:
+    """Within which each clip is shown at least once: of so few, many passes are packed together."""
+    source = open_source(c.data, "train")
+    packing = Packing(source.sizes, tokenizers.from_config(c.tokenizer).geometry, c.rows, c.seed)
+    left, step = set(range(records)), 0
+    while left:
+        left -= {place.clip for row in packing.step(step) for place in row}
+        step += 1
+    return step
 
 
 def make_set(folder: pathlib.Path, trial: Trial) -> dict[int, str]:
@@ -37,13 +48,12 @@ def make_set(folder: pathlib.Path, trial: Trial) -> dict[int, str]:
 
 
 def attempt(shared: pathlib.Path, own: pathlib.Path, trial: Trial) -> Result:
-    """Two attempts that see each clip once, and some twice."""
+    """Two attempts that see each clip at least once."""
     from vidgen.data import quarantine
 
     expected = make_set(own / "clips", trial)
-    c, workdir = config(own / "clips"), own / "run"
-    geometry = tokenizers.from_config(c.tokenizer).geometry
-    steps = Packing(open_source(c.data, "train").sizes, geometry, c.rows, c.seed).steps_per_epoch + 1
+    c, workdir = config(own / "clips", trial["records"]), own / "run"
+    steps = steps_to_see_all(c, trial["records"])
     for last in (steps // 2, steps):
         result = trained(configs.override(c, {"train.steps": last}), workdir)
     lines, wrong = quarantine.read(str(workdir)), []

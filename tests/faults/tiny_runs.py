@@ -94,10 +94,16 @@ def straight(folder: pathlib.Path, c: Any, processes: int, devices: int) -> path
 
 
 def trained(c: Any, workdir: pathlib.Path) -> train.Result:
-    """`train.run` in this process, which says what it has to say in WORKDIR.log."""
+    """`train.run` in this process, which says what it has to say in WORKDIR.log.
+
+    Where it is asked to stop, it is the suite that was, and ends too.
+    """
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{workdir}.log", "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
-        return train.run(c, str(workdir))
+        result = train.run(c, str(workdir))
+    if result.stopped_by:
+        sys.exit(f"stopped by {result.stopped_by}")
+    return result
 
 
 def arrays(c: Any, workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
