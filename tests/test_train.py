@@ -150,20 +150,21 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_used(straight, tm
         train.run(config(), str(tmp_path))
 
 
-def test_what_a_stop_left_undone_is_made_up_for(straight, tmp_path, capsys):
+@pytest.mark.parametrize("steps", [6, 7])
+def test_what_a_stop_left_undone_is_made_up_for(straight, tmp_path, steps):
     """A checkpoint of step 6 without its held-out loss and its samples, as a stop in between leaves it."""
     workdir, _ = straight
     shutil.copytree(workdir / "checkpoints", tmp_path / "checkpoints")
     rows = metrics.read(str(workdir))
     bare = [{k: v for k, v in row.items() if not k.startswith("heldout")} for row in rows]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
-    c = config(eval_every=3, eval_rows=4, sample_every=6, steps=7)
+    c = config(eval_every=3, eval_rows=4, sample_every=6, steps=steps)
     c.optimizer.schedule = read_config(str(workdir)).optimizer.schedule
-    assert train.run(c, str(tmp_path)).step == 7
+    assert train.run(c, str(tmp_path)).step == steps
     found = {row["step"]: row for row in metrics.read(str(tmp_path))}
     assert found[6]["heldout_loss"] == rows[-1]["heldout_loss"] and found[6]["loss"] == rows[-1]["loss"]
     assert (tmp_path / "samples" / "00000006" / "grid.gif").stat().st_size > 0
-    assert 7 in found and [row["step"] for row in metrics.read(str(tmp_path))] == sorted(found)
+    assert steps in found and [row["step"] for row in metrics.read(str(tmp_path))] == sorted(found)
 
 
 def test_an_evaluation_is_left_when_a_stop_is_asked_for_and_made_up_for(straight, tmp_path, monkeypatch):

@@ -212,7 +212,7 @@ def base() -> ConfigDict:
     train.rollbacks = 3  # how often, before the run gives up
     train.recheck_every = 0  # steps between checks that hardware gives the same bits twice; 0: never
     train.hang = 600.0  # seconds without a step after which a process says who is missing, and ends; 0: never
-    train.grace = 30.0  # seconds after SIGTERM within which a run has saved, or ends
+    train.grace = 240.0  # seconds after SIGTERM within which a run has saved, or ends; launchers wait for 300
     train.eval_every = 0  # 0: never; held-out loss on a fixed grid of noise levels
     train.eval_rows = 16  # rounded up to whole steps
     train.sample_every = 0  # 0: never

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import platform
@@ -35,7 +34,7 @@ from vidgen.training.meter import Meter
 from vidgen.training.metrics import MetricWriter, Progress
 from vidgen.training.profiler import Profiler
 from vidgen.training.program import Program, build, task_of
-from vidgen.training.resilience import StopSignal, only_one
+from vidgen.training.resilience import StopSignal, of_the_user, only_one
 from vidgen.training.start import check_digest
 from vidgen.training.state import TrainState
 from vidgen.training.watchdog import Watchdog
@@ -83,20 +82,22 @@ def _run(config: ConfigDict, workdir: str, stack: contextlib.ExitStack, stop: St
     course = COURSES[config.task].course(program)
 
     changed = _claim(workdir, config, stack)
-    progress = stack.enter_context(contextlib.closing(Progress(total, stream=sys.stderr if lead else io.StringIO())))
+    terminal = sys.stderr if lead else stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115 - closed by the stack
+    progress = stack.enter_context(contextlib.closing(Progress(total, stream=terminal)))
     ledger = stack.enter_context(contextlib.closing(Ledger(workdir if lead else "", say=progress.say)))
-    watch = stack.enter_context(Watchdog(workdir, config.train.hang))
+    # A user at a prompt or in a notebook sees it, and may be in a debugger.
+    watch = stack.enter_context(Watchdog(workdir, 0.0 if of_the_user() else config.train.hang))
     _compare(program, course)
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.train)))
     state, facts = begin(program, course, checkpoints, progress.say)
     start = int(state.step)
-    if start >= total:
+    owed = processes.agree(_owed(start, config, workdir))  # of the last step as well
+    if start >= total and not any(owed):
         progress.say(f"Already at step {start} of {total}: nothing to do")
         return Result(start, "", {})
     if start and "train.steps" in changed and config.optimizer.schedule != "constant":
         progress.say("config.train.steps has changed, and the learning rate's schedule with it")
     ledger.resumed(start)
-    owed = processes.agree(_owed(start, config, workdir))
     writer = None
     if lead:
         writer = MetricWriter(workdir, wandb_project=config.train.wandb, config_json=to_json(config), say=progress.say)

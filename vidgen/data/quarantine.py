@@ -9,7 +9,6 @@ and `read` sees all of them at any time.
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import json
 import logging
@@ -17,6 +16,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from vidgen import lines
 from vidgen.data.stream import FeedInfo
 
 FILE = "quarantine.jsonl"
@@ -57,7 +57,7 @@ class Quarantine:
         data = _lines(self._waiting)
         try:
             os.makedirs(self._workdir, exist_ok=True)
-            _append(self._path, data)
+            lines.append(self._path, data, sync=True)
         except OSError as e:
             if not self._told:
                 logging.getLogger("absl").warning(
@@ -89,16 +89,14 @@ def read(workdir: str) -> list[dict[str, Any]]:
     """
     found: dict[int, dict[str, Any]] = {}
     for path in _files(workdir):
-        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-            for line in file:
-                try:
-                    note = json.loads(line)
-                    note = {key: kind(note[key]) for key, kind in FIELDS.items()}
-                except (ValueError, KeyError, TypeError):
-                    continue
-                before = found.get(note["index"])
-                if before is None or note["step"] < before["step"]:
-                    found[note["index"]] = note
+        for note in lines.read(path):
+            try:
+                note = {key: kind(note[key]) for key, kind in FIELDS.items()}
+            except (ValueError, KeyError, TypeError):
+                continue
+            before = found.get(note["index"])
+            if before is None or note["step"] < before["step"]:
+                found[note["index"]] = note
     return [found[index] for index in sorted(found)]
 
 
@@ -108,21 +106,3 @@ def _files(workdir: str) -> list[str]:
 
 def _lines(notes: Iterable[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(note, ensure_ascii=False) + "\n" for note in notes).encode("utf-8", errors="replace")
-
-
-def _append(path: str, data: bytes) -> None:
-    """Puts whole lines at the end of a file, on disk when it returns, all of them or none; raises OSError."""
-    with open(path, "ab+", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        if size:
-            file.seek(size - 1)
-            if file.read(1) != b"\n":  # what a killed process left of its last line
-                data = b"\n" + data
-        try:
-            if file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(file.fileno(), size)
-            raise

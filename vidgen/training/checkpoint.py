@@ -207,7 +207,7 @@ class Checkpoints:
           metrics: figures of this step, of which `config.train.best` may be one.
         """
         step = int(state.step)
-        if step in self.steps:
+        if processes.agree(step in self.steps):  # listings of a shared disk may differ for a moment
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_saved(state)),

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from vidgen import lines
 from vidgen.training.journal import Journal, complain
 
 FILE = "goodput.jsonl"
@@ -245,15 +246,9 @@ def totals(seconds: dict[str, float]) -> dict[str, float]:
 
 def read(workdir: str) -> list[dict[str, Any]]:
     """The rows of WORKDIR/goodput.jsonl, oldest first; what a kill or a bad disk left of one is passed over."""
-    try:
-        with open(os.path.join(workdir, FILE), encoding="utf-8", errors="replace") as f:
-            lines = f.read().split("\n")[:-1]
-    except OSError:
-        return []
     rows = []
-    for line in lines:
+    for row in lines.read(os.path.join(workdir, FILE)):
         try:
-            row = json.loads(line)
             Account([{"start": 0.0}, row])  # whether it can be taken
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             continue

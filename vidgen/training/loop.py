@@ -272,6 +272,7 @@ class Loop:
 
         The checkpoints since are moved aside. Raises ConfigError where there have been enough of that.
         """
+        self.watch.beat(spike.step, "start")  # reading checkpoints takes as long as at the start
         self.checkpoints.wait()
         steps = processes.agree(self.checkpoints.steps)  # listings of a shared disk may differ for a moment
         good = [step for step in steps if not self.checkpoints.damage(step)]

@@ -64,7 +64,7 @@ class StopSignal:
         self._handled += 1
         self.name = self.name or signal.Signals(number).name
         # Two that came while the main thread was away are handled as one.
-        if max(self._handled, self._heard) > 1 or (self.nothing_to_lose and _of_the_user()):
+        if max(self._handled, self._heard) > 1 or (self.nothing_to_lose and of_the_user()):
             self._restore()
             raise KeyboardInterrupt
 
@@ -94,7 +94,7 @@ class StopSignal:
                     _say(self.name, "stopping after a step and saving; once more to stop at once")
                     why = f"not saved within {self._grace:g} s, and stopped; what was saved before stands"
                     left = self._grace or float("inf")
-                until = float("inf") if _of_the_user() else min(until, time.monotonic() + left)
+                until = float("inf") if of_the_user() else min(until, time.monotonic() + left)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -143,7 +143,7 @@ class Breaks:
             raise Interrupted(told)
 
 
-def _of_the_user() -> bool:
+def of_the_user() -> bool:
     """Whether the process is a Python prompt or a notebook, which outlives what runs in it."""
     return hasattr(sys, "ps1")
 

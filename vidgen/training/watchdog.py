@@ -17,7 +17,7 @@ import jax
 from vidgen.parallel.processes import RESTART
 
 FOLDER = "heartbeats"  # of a workdir
-SLOW = 10  # times as long may pass at the start, in a compilation, and the first time that anything else is compiled
+SLOW = 10  # times as long may pass at the start, in a compilation or a save, and the first time of anything else
 ALIVE = 2.0  # seconds after which a file is written again though nothing has moved
 LOST = 4 * ALIVE  # and after which a file that isn't means that its process is stopped, or gone
 
@@ -67,9 +67,9 @@ class Watchdog:
             thread.join(timeout=ALIVE)  # one may be at a disk that hangs
 
     def _slow(self) -> bool:
-        """Whether the phase of the last beat compiles."""
+        """Whether the phase of the last beat compiles, or waits for a disk."""
         phase = self._last[1]
-        return phase in ("start", "compile") or (phase != "step" and phase not in self._been)
+        return phase in ("start", "compile", "save") or (phase != "step" and phase not in self._been)
 
     def _watch(self) -> None:
         clock, peers = time.monotonic(), Peers(self._who["process"], time.time())
