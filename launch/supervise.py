@@ -254,6 +254,7 @@ class Heartbeats:
         self._began = self._looked = time.monotonic()
         self.seen: dict[str, dict[str, Any]] = {}  # {file: what it says}, of this attempt
         self._since: dict[str, float] = {}  # when it was first seen to say that: clocks of hosts may differ
+        self._compiled = self._began  # when one was last seen to compile
         self._heard: dict[str, tuple[Any, float]] = {}  # its "alive", and when that was first seen
 
     def hung(self) -> str:
@@ -268,9 +269,11 @@ class Heartbeats:
         # One that compiles is waited for by the others too; one that is stopped, and says nothing, is not.
         lives = {name for name in self.seen if now - self._heard[name][1] < SILENT}
         slow = any(self.seen[name].get("slow") and self.seen[name]["phase"] != "ended" for name in lives)
+        self._compiled = now if slow else self._compiled
         for name, state in sorted(self.seen.items()):
-            waited, limit = now - self._since[name], self._hang * (SLOW if slow and name in lives else 1)
-            if state["phase"] != "ended" and waited > limit:
+            waited = now - self._since[name]
+            excused = self._compiled - self._since[name] if name in lives else 0.0  # of it, up to when one compiled
+            if state["phase"] != "ended" and waited > min(max(excused, 0.0) + self._hang, self._hang * SLOW):
                 who = f"process {state['process']} on {state.get('host', '?')}"
                 return f"hung, {who} for {waited:.0f} s in step {state['step']} ({state['phase']}), and was killed"
         return ""

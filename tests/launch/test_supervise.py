@@ -152,7 +152,8 @@ def test_what_compiles_has_longer_and_what_moves_is_left_alone(command, tmp_path
     status, out, _ = run(command(body, "--hang=1"))
     assert (status, out) == (0, "attempt 1\n")
     # Process 0 is in its first step and waits for the other, which still compiles.
-    both = "beat(0, 'compile', True, 1)\nbeat(1)\ntime.sleep(2.5)\nbeat(2, 'ended')\nbeat(2, 'ended', False, 1)"
+    both = "beat(0, 'compile', True, 1)\nbeat(1)\ntime.sleep(2.5)\nbeat(1, process=1)\ntime.sleep(0.7)\n"
+    both += "beat(2, 'ended')\nbeat(2, 'ended', process=1)"
     status, out, _ = run(command(both, "--hang=1"))
     assert (status, out) == (0, "attempt 2\n")
     # What an earlier attempt left behind is no sign of this one's.

@@ -164,17 +164,18 @@ def test_one_that_compiles_is_waited_for_and_one_that_is_stopped_is_not():
     assert not peers.stopped
 
 
-def alone_of_two(tmp_path, **peer):
-    """What a process that hangs for 0.3 s does within 1.5 s beside a peer that says this, and that lives on."""
+def alone_of_two(tmp_path, seconds=1.5, **peer):
+    """What a process that may hang for 0.3 s does within some beside a peer that says this, and that lives on."""
     (tmp_path / "heartbeats").mkdir()
     ended, began = [], time.monotonic()
     watch = Watchdog(str(tmp_path), hang=0.3, end=ended.append)
     watch._who["of"] = 2
     with watch:
         watch.beat(2, "step")
-        while time.monotonic() < began + 1.5:
+        while time.monotonic() < began + seconds:
             told = state(1, 0, "start", time.time(), time.time()) | peer
-            (tmp_path / "heartbeats/rank-1.json").write_text(json.dumps(told))
+            (tmp_path / "told").write_text(json.dumps(told))
+            os.replace(tmp_path / "told", tmp_path / "heartbeats/rank-1.json")
             time.sleep(0.05)
     return ended
 

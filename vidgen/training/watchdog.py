@@ -46,6 +46,7 @@ class Watchdog:
         self._who |= {"host": socket.gethostname(), "pid": os.getpid()}
         self._beat: tuple[int, str] = (0, "start")
         self._last, self._moved, self._waited = self._beat, time.time(), 0.0
+        self._excused = 0.0  # of what was waited, up to when something compiled
         self._been: set[str] = set()  # phases that were left
         self._over = threading.Event()
         self._tick = min(1.0, hang / 10) if hang else 1.0
@@ -79,15 +80,18 @@ class Watchdog:
             if beat is not self._last:
                 if beat[1] != self._last[1]:
                     self._been.add(self._last[1])
-                self._last, self._moved, self._waited = beat, time.time(), 0.0
+                self._last, self._moved, self._waited, self._excused = beat, time.time(), 0.0, 0.0
                 continue
             self._waited += min(passed, 2 * self._tick)  # not the time in which this process was stopped
             if not self._hang or self._waited < self._hang:
                 continue
             if self._who["of"] > 1 and time.monotonic() - peers.looked > ALIVE:
                 peers.look(self._read(), time.monotonic())
-            slow = not peers.stopped and (self._slow() or peers.slow)
-            if self._waited >= self._hang * (SLOW if slow else 1):
+            if peers.stopped:
+                self._excused = 0.0
+            elif self._slow() or peers.slow:
+                self._excused = self._waited
+            if self._waited >= min(self._excused + self._hang, self._hang * SLOW):
                 self._give_up()
                 return
 
