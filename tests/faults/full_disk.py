@@ -21,21 +21,20 @@ from vidgen.config import ConfigError
 from vidgen.training.checkpoint import Checkpoints
 
 SIZE = 64  # MiB of the disk: all that such a run keeps has room
-STEPS = 400
 SAVED = 20  # steps between checkpoints
 PATIENCE = 300.0  # seconds
 RESTARTS = 3
 
 
 def trials(short: bool, seed: int) -> list[Trial]:
-    """20 moments; every other time there is room again after some seconds. Short: one."""
-    rng, count = random.Random(f"full disk {seed}"), 1 if short else 20
-    draws = [{"step": rng.randrange(1, STEPS * 3 // 4), "more": rng.random()} for _ in range(count)]
+    """20 moments; every other time there is room again after some seconds. Short: one, of a short run."""
+    rng, count, steps = random.Random(f"full disk {seed}"), 1 if short else 20, 100 if short else 400
+    draws = [{"steps": steps, "step": rng.randrange(1, steps * 3 // 4), "more": rng.random()} for _ in range(count)]
     return [draw | {"emptied": i % 2 == 1, "seconds": rng.uniform(0.5, 4)} for i, draw in enumerate(draws)]
 
 
-def config() -> Any:
-    return make_config(**{"train.steps": STEPS, "train.checkpoint_every": SAVED, "train.keep": 3, "mesh.data": 1})
+def config(steps: int) -> Any:
+    return make_config(**{"train.steps": steps, "train.checkpoint_every": SAVED, "train.keep": 3, "mesh.data": 1})
 
 
 @contextlib.contextmanager
@@ -65,13 +64,13 @@ def command(own: pathlib.Path, workdir: pathlib.Path) -> list[str]:
     return [sys.executable, "-m", "vidgen.cli", "train", f"--config={own / 'c.py'}", f"--workdir={workdir}"]
 
 
-def straight(shared: pathlib.Path) -> pathlib.Path:
+def straight(shared: pathlib.Path, steps: int) -> pathlib.Path:
     """The workdir of a run that nothing happens to, made once."""
     own = shared / "straight"
     if not (own / "done").exists():
         shutil.rmtree(own, ignore_errors=True)
         own.mkdir(parents=True)
-        config_file(own, config())
+        config_file(own, config(steps))
         with started(command(own, own / "run"), own / "log", JAX_NUM_CPU_DEVICES="1") as process:
             if process.wait(timeout=900):
                 raise RuntimeError(f"the run that nothing happens to failed: {(own / 'log').read_text()[-2000:]}")
@@ -81,7 +80,8 @@ def straight(shared: pathlib.Path) -> pathlib.Path:
 
 def attempt(shared: pathlib.Path, own: pathlib.Path, trial: Trial) -> Result:
     """A run on a small disk that is filled at a step, started again with room until it has ended."""
-    undisturbed, c, log, wrong = straight(shared), config(), own / "log", []
+    steps, log, wrong = trial["steps"], own / "log", []
+    undisturbed, c = straight(shared, steps), config(steps)
     config_file(own, c)
     with disk(own, SIZE) as place:
         workdir = place / "run"
@@ -114,7 +114,7 @@ def attempt(shared: pathlib.Path, own: pathlib.Path, trial: Trial) -> Result:
             restarts += 1
             with started(command(own, workdir), log, JAX_NUM_CPU_DEVICES="1") as process:
                 status = process.wait(PATIENCE)
-        wrong += [f"filled at step {at}: {text}" for text in ended_alike(c, undisturbed, workdir, STEPS)]
+        wrong += [f"filled at step {at}: {text}" for text in ended_alike(c, undisturbed, workdir, steps)]
     return {"wrong": wrong, "at": at, "survived": not restarts, "said": said, "emptied": trial["emptied"]}
 
 

@@ -40,7 +40,7 @@ HOWS = ("rank", "coordinator", "worker", "stop")  # SIGKILL of rank 1, of rank 0
 MOMENTS = ("running", "saving", "starting")
 SHARES = (6, 3, 1)  # how often each moment is drawn
 INTERVAL = 3.0  # seconds between temporary checkpoints
-HANG = 4.0  # seconds without a step after which a run is taken to hang; ten times as long while it starts
+HANG = 10.0  # seconds without a step after which a run is taken to hang; ten times as long while it starts
 SAVE = 0.2  # seconds, about, that a save takes
 START = 10.0  # seconds, about, that a start takes
 RECOVERY = 60.0  # seconds, at most
@@ -183,8 +183,9 @@ class Siege:
         steps had to be taken again, in seconds and steps; {"how", "recovery"}: seconds to the first new step.
     """
 
-    def __init__(self, workdir: pathlib.Path, process: subprocess.Popen):
-        self.workdir, self._process, self.watch = workdir, process, Watch(workdir)
+    def __init__(self, workdir: pathlib.Path, process: subprocess.Popen, step_time: float):
+        """`step_time`: seconds that a step takes where nothing happens."""
+        self.workdir, self._process, self._step_time, self.watch = workdir, process, step_time, Watch(workdir)
         self.found: list[dict[str, Any]] = []
         self._pending: list[Blow] = []
 
@@ -198,9 +199,10 @@ class Siege:
             return False
         for blow in self._pending:
             if not blow.starting:
-                again = [seen for n, seen in blow.times.items() if n >= self.watch.begun]
-                steps = max(blow.step - self.watch.begun, 0)
-                self.found.append({"how": blow.how, "lost": blow.now - min(again) if steps else 0.0, "steps": steps})
+                # From the first step on that is taken again; before it an attempt may have compiled.
+                again = [seen for n, seen in blow.times.items() if n > self.watch.begun]
+                lost = blow.now - min(again) + self._step_time if again else 0.0
+                self.found.append({"how": blow.how, "lost": lost, "steps": max(blow.step - self.watch.begun, 0)})
         if self._pending:  # of several in a row, the last one counts: the others had not been recovered from
             last = self._pending[-1]
             self.found.append({"how": last.how, "recovery": time.monotonic() - last.now})
@@ -246,7 +248,7 @@ def attempt(shared: pathlib.Path, own: pathlib.Path, trial: Trial) -> Result:
     step_time = statistics.median(row["seconds_per_step"] for row in metrics.read(str(undisturbed))[2:])
     window = 1.2 * steps * step_time / len(blows)  # so that all of them fall within the run, nearly always
     with started(supervised(workdir, config_file(own, config(steps, HANG))), log) as process:
-        siege = Siege(workdir, process)
+        siege = Siege(workdir, process, step_time)
         try:
             for blow in blows:
                 siege.approach(blow["moment"], blow["at"], window, steps)
@@ -265,8 +267,9 @@ def attempt(shared: pathlib.Path, own: pathlib.Path, trial: Trial) -> Result:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     wrong += ended_alike(c, undisturbed, workdir, steps) if not wrong else []
+    alike = not wrong
     wrong += [f"recovery took {f['recovery']:.0f} s" for f in siege.found if f.get("recovery", 0) > RECOVERY]
-    return {"wrong": wrong, "found": siege.found, "step_time": step_time}
+    return {"wrong": wrong, "alike": alike, "found": siege.found, "step_time": step_time}
 
 
 def judge(results: list[Result]) -> Verdict:
@@ -281,15 +284,13 @@ def judge(results: list[Result]) -> Verdict:
     if median > INTERVAL:
         wrong += (f"the median lost work is {median:.1f} s, more than the {INTERVAL:g} s between checkpoints",)
     told = ", ".join(f"{n} {how}" for how, n in kinds.items())
-    alike = sum(not result["wrong"] for result in results)
+    alike = sum(result["alike"] for result in results)
     held = f"{alike} of {len(results)} runs ended bit-equal ({told}; {inside} inside a save, {starting} in a start)"
     return Verdict(len(dealt), held, wrong, median, max(recoveries, default=None))
 
 
 def missing() -> str:
-    if not pathlib.Path("/proc/self/task").is_dir():
-        return "needs Linux's /proc"
-    return "" if (ROOT / "launch/supervise.py").exists() else "launch/supervise.py is not there yet"
+    return "" if pathlib.Path("/proc/self/task").is_dir() else "needs Linux's /proc"
 
 
 ROW = Row(

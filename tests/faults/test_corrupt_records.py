@@ -6,7 +6,5 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def test_the_row_in_its_short_form(tmp_path):
-    if reason := corrupt_records.ROW.missing():
-        pytest.skip(reason)
     verdict = table.run(corrupt_records.ROW, tmp_path, True, 0, print)
     assert not verdict.wrong and verdict.count > 0, verdict
