@@ -79,14 +79,14 @@ def started(command: list[str], log: pathlib.Path, **env: str) -> Iterator[subpr
         process.wait()
 
 
-def straight(folder: pathlib.Path, c: Any, processes: int, devices: int) -> pathlib.Path:
+def straight(folder: pathlib.Path, c: Any, processes: int, devices: int, **env: str) -> pathlib.Path:
     """The workdir of a run of this config that nothing happens to, made once in FOLDER/straight."""
     own = folder / "straight"
     if not (own / "done").exists():
         shutil.rmtree(own, ignore_errors=True)
         own.mkdir(parents=True)
         command = ["train", "--config", config_file(own, c), "--workdir", own / "run"]
-        with started(local(processes, devices, "--", *command), own / "log") as process:
+        with started(local(processes, devices, "--", *command), own / "log", **env) as process:
             if process.wait(timeout=1800):
                 raise RuntimeError(f"the run that nothing happens to failed: {(own / 'log').read_text()[-2000:]}")
         (own / "done").touch()
