@@ -211,7 +211,6 @@ def begin(
         return program.init(), own | {"tokens_seen": 0.0}
     facts = checkpoints.facts(latest)
     where = f"{checkpoints.where}/{latest}"
-    checkpoint.check_saved_config(facts, program.config, where)
     if other := provenance.compare(facts, where):
         say(other)
     restored.check_tokenizer(course.tokenizer, facts, program.config.tokenizer.weights)
@@ -222,6 +221,7 @@ def begin(
             f"config.data.source={program.config.data.source}: not the clips that the checkpoint at step {latest} was "
             "trained on, so the run can't go on exactly; take another --workdir, or the clips as they were"
         )
+    checkpoint.check_saved_config(facts, program.config, where)
     return loops.restored(program, checkpoints, latest), facts | own
 
 
