@@ -3,11 +3,11 @@
 vidgen sweep --sweep configs/sweeps/scaling.py --output runs/scaling --width 2
 vidgen fit --runs runs/scaling/results.csv
 
-Of its 24 runs 21 were made. Quality grows with compute, as in Sora's figure: judged all right of 72 unseen prompts, over
-the sizes of a budget, are 3 to 19 % at 6e11 FLOPs, 38 to 72 % at 2e12, 57 to 100 % at 6e12 and 100 % at 1.8e13. It is no
-law to plan by yet: fitted on the budgets below, it is 4.2 % off at 6e12 in the mean (23 % by repeating the best loss
-before) and 9.7 % at 1.8e13 (29 %; two runs). At high noise the loss falls faster while models find out about motion,
-between 6e11 and 6e12, and then nears a floor that no run below shows.
+Of its 24 runs 21 were made. Quality grows with compute, as in Sora's figure: judged all right of 72 unseen prompts,
+over the sizes of a budget, are 3 to 19 % at 6e11 FLOPs, 38 to 72 % at 2e12, 57 to 100 % at 6e12 and 100 % at 1.8e13. It
+is no law to plan by yet: fitted on the budgets below, it is 4.2 % off at 6e12 in the mean (23 % by repeating the best
+loss before) and 9.7 % at 1.8e13 (29 %; two runs). At high noise the loss falls faster while models find out about
+motion, between 6e11 and 6e12, and then nears a floor that no run below shows.
 """
 
 import os
