@@ -134,7 +134,10 @@ def test_stopping_and_going_on_equals_never_having_stopped(straight, tmp_path, s
     assert a.keys() == b.keys() and any("aux" in k for k in a) and any("critics" in k for k in a)
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    theirs, ours = facts.pop("config"), others.pop("config")  # which say how often they save
     assert facts == others
+    differing = configs.difference(configs.from_json(theirs), configs.from_json(ours))
+    assert "train.checkpoint_every" in differing and all(key.startswith("train.") for key in differing)
 
 
 def test_another_width_is_refused_and_rematerialisation_is_not(straight):
