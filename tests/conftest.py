@@ -36,6 +36,19 @@ def make_tiny():
     return c
 
 
+def make_tiny_vae():
+    """Six steps of a VAE: two of images, then images and clips; critics from the fourth on."""
+    c = configs.base()
+    c.task, c.dtype = "vae", "float32"
+    c.data.moving_shapes.update(level="easy", sizes=((5, 16, 16), (1, 16, 16)), clips=64)
+    c.vae.update(base_dim=8, dim_mult=(1, 1), temporal_downsample=(True,), num_res_blocks=1, z_dim=4, remat=False)
+    c.clips.update(shapes=((1, 16, 16, 8), (5, 16, 16, 4)), weights=(1.0, 3.0), image_steps=2)
+    c.reconstruction.update(gan=0.5, gan_start=3, gan_dim=4, gan_layers=1)
+    c.optimizer.update(name="adamw", lr=1e-3, warmup=2, ema=0.9)
+    c.train.update(steps=6, log_every=2, checkpoint_every=3)
+    return c
+
+
 @pytest.fixture
 def tiny():
     return make_tiny()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from table import Result, Row, Trial, Verdict, all_wrong
-from tiny_runs import ended_alike, make_config, trained
+from tiny_runs import ended_alike, make_config, make_vae_config, trained
 
 from vidgen import config as configs
 
@@ -52,15 +52,7 @@ def lora(shared: pathlib.Path) -> Any:
 
 def vae(shared: pathlib.Path) -> Any:
     """A VAE, images first, whose critics join after three steps."""
-    c = configs.base()
-    c.task, c.dtype = "vae", "float32"
-    c.data.moving_shapes.update(level="easy", sizes=((5, 16, 16), (1, 16, 16)), clips=64)
-    c.vae.update(base_dim=8, dim_mult=(1, 1), temporal_downsample=(True,), num_res_blocks=1, z_dim=4, remat=False)
-    c.clips.update(shapes=((1, 16, 16, 8), (5, 16, 16, 4)), weights=(1.0, 3.0), image_steps=2)
-    c.reconstruction.update(gan=0.5, gan_start=3, gan_dim=4, gan_layers=1)
-    c.optimizer.update(name="adamw", lr=1e-3, warmup=2, ema=0.9)
-    c.train.update(steps=STEPS, log_every=1)
-    return c
+    return make_vae_config(**{"train.steps": STEPS})
 
 
 KINDS: dict[str, Callable[[pathlib.Path], Any]] = {

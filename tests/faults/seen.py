@@ -8,7 +8,6 @@ OUTPUT-<rank>.json: {"ids": {step: {row: clip ids}} of the rows that this proces
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import pathlib
 import sys
@@ -17,16 +16,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 
 from vidgen import config as configs
 from vidgen import train
 from vidgen.data import feed
-from vidgen.objectives import flow
-from vidgen.parallel import mesh as meshes
-from vidgen.tokenizers import base as tokenizers
-from vidgen.training.step import row_keys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "parallel"))
+import layout  # noqa: E402, where the path leads
 
 
 @contextlib.contextmanager
@@ -59,28 +55,14 @@ def recorded(ids: dict[int, dict[int, list[int]]]) -> Iterator[None]:
         feed.batches = batches
 
 
-def noise(config: Any, first: int, last: int) -> dict[int, str]:
-    """A digest of all that is random in each of the steps, drawn on this layout."""
-    mesh = meshes.make_mesh(config.mesh, config.rows.count, config.rows.tokens)
-    rows, tokens = NamedSharding(mesh, meshes.ROWS), NamedSharding(mesh, meshes.TOKENS)
-    shape = (config.rows.tokens, tokenizers.from_config(config.tokenizer).geometry.features)
-    draw = jax.jit(
-        lambda n: flow.row_randomness(row_keys(config.seed, n, config.rows.count), config.rows.segments, shape),
-        out_shardings=(rows, rows, tokens),
-    )
-    digests = {}
-    for n in range(first, last):
-        drawn = [multihost_utils.process_allgather(x, tiled=True) for x in draw(np.int32(n))]
-        digests[n + 1] = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in drawn)).hexdigest()
-    return digests
-
-
 def main(config_json: str, workdir: str, output: str) -> None:
     config, ids = configs.from_json(pathlib.Path(config_json).read_text()), {}
     with recorded(ids):
         train.run(config, workdir)
     ids = {step: rows for step, rows in ids.items() if step <= config.train.steps}  # a feed works ahead
-    found = {"ids": ids, "noise": noise(config, min(ids) - 1, config.train.steps)}
+    steps = range(min(ids), config.train.steps + 1)
+    digests = layout.noise(config, range(steps.start - 1, steps.stop - 1))
+    found = {"ids": ids, "noise": dict(zip(steps, digests, strict=True))}
     pathlib.Path(f"{output}-{jax.process_index()}.json").write_text(json.dumps(found))
 
 

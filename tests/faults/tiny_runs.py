@@ -20,7 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported, as in c
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from conftest import make_tiny  # noqa: E402, where the path leads; it gives this process four devices
+from conftest import make_tiny, make_tiny_vae  # noqa: E402, where the path leads; it gives this process four devices
 
 from vidgen import config as configs  # noqa: E402
 from vidgen import train  # noqa: E402
@@ -36,6 +36,11 @@ def make_config(**changes: Any) -> Any:
     c.text.layers = 0
     c.optimizer.update(name="adamw", schedule="constant")
     return configs.override(c, {"train.log_every": 1, "train.checkpoint_every": 10} | changes)
+
+
+def make_vae_config(**changes: Any) -> Any:
+    """Of a VAE, images first, whose critics join after three steps."""
+    return configs.override(make_tiny_vae(), {"train.log_every": 1} | changes)
 
 
 def config_file(folder: pathlib.Path, c: Any) -> pathlib.Path:

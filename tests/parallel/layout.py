@@ -42,8 +42,8 @@ def clips(config, count, **axes):
     return ids, hosts.counted_rows(mesh, config.rows.count)
 
 
-def noise(config, count):
-    """A digest of all that is random in each of the steps."""
+def noise(config, steps):
+    """A digest of all that is random in each of the steps, counted from 0, drawn on this layout."""
     mesh = meshes.make_mesh(config.mesh, config.rows.count, config.rows.tokens)
     rows, tokens = NamedSharding(mesh, meshes.ROWS), NamedSharding(mesh, meshes.TOKENS)
     shape = (config.rows.tokens, tokenizers.from_config(config.tokenizer).geometry.features)
@@ -52,7 +52,7 @@ def noise(config, count):
         out_shardings=(rows, rows, tokens),
     )
     digests = []
-    for n in range(count):
+    for n in steps:
         drawn = [multihost_utils.process_allgather(x, tiled=True) for x in draw(np.int32(n))]
         digests.append(hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in drawn)).hexdigest())
     return digests
@@ -62,7 +62,7 @@ def main(config_json, workdir):
     config = configs.from_json(pathlib.Path(config_json).read_text())
     train.run(config, workdir)
     ids, _ = clips(config, config.train.steps)
-    digests = noise(config, config.train.steps)
+    digests = noise(config, range(config.train.steps))
     # Four devices in a row: with two processes, both hold a part of each row.
     shared, answers = clips(config, 1, data=1, fsdp=1, context=-1)
     mine = np.isin(np.arange(config.rows.count), answers).astype(np.float32)

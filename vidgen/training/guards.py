@@ -7,7 +7,6 @@ that checkpoints keep: all processes decide alike, and a run that was stopped de
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 
 from vidgen import config as configs
 from vidgen.config import ConfigError
+from vidgen.parallel import fingerprints
 from vidgen.plain import plain
 from vidgen.studio import media
 from vidgen.training import incidents
@@ -235,7 +235,7 @@ class BadSteps:
             "seed": self._config.seed,
             "batch": batch,
             "jumps": jumps,
-            "config": digest(self._config),
+            "config": fingerprints.of(configs.to_json(self._config))[:16],
             "checkpoint": max((step for step in checkpoints if step < n), default=0),
             "replay": f"vidgen replay --workdir {self._workdir} --step {n}",
             "rows": [clips(self._source, row) for row in self._rows(batch)],
@@ -255,11 +255,6 @@ class BadSteps:
 def told(value: float) -> float | str:
     """A number as JSON has it; "nan", "inf" and "-inf", for which it has none, as text."""
     return value if math.isfinite(value) else str(value)
-
-
-def digest(config: ConfigDict) -> str:
-    """Of all settings, as 16 letters."""
-    return hashlib.sha256(configs.to_json(config).encode()).hexdigest()[:16]
 
 
 def read(workdir: str, step: int) -> dict[str, Any] | None:
