@@ -11,8 +11,9 @@
 #
 # Five minutes before the time is up (--signal=USR1@SECONDS says otherwise) the run is asked to save; the job then goes
 # back to the queue, starts again by itself and goes on bit for bit. So does one that Slurm preempts or whose node fails.
-# One that ends by an error, or that was told to stop, does not. The workdir must lie on a disk that all nodes see:
-# WORKDIR/logs/rank-N.log are the processes' logs, slurm-JOB.log the job's own, WORKDIR/slurm_job its number.
+# One whose processes die or hang starts again on the nodes that it has, by launch/supervise.py; one that was told to
+# stop, or that the user can mend, ends. The workdir must lie on a disk that all nodes see: WORKDIR/logs/rank-N.log are
+# the processes' logs, slurm-JOB.log the job's own, WORKDIR/slurm_job its number.
 # Where nodes can't be reached by their names, set JAX_COORDINATOR_ADDRESS=HOST:PORT.
 set -euo pipefail
 
@@ -28,7 +29,7 @@ newest() { # the newest checkpoint of a workdir, if there is one
 }
 alive() { [ -n "$(squeue --noheader --jobs="$1" 2>/dev/null)" ]; }
 
-# in_job WORKDIR TOPOLOGY ROOT PYTHON SRUN…: what the job runs, on its first node.
+# in_job WORKDIR TOPOLOGY ROOT PYTHON COMMAND…: what the job runs, on its first node.
 in_job() {
     local workdir=$1 topology=$2 root=$3 python=$4 status=0 before
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -151,9 +152,10 @@ fi
     fail "$unclear: expected --gpus-per-node=N, which has a process a GPU; or say --ntasks-per-node=N as well"
 # JAX gives each process of a node the GPU of its number.
 [ -n "$tasks" ] || sbatch+=("--ntasks-per-node=${gpus:-1}")
-# One that ends before the others may be saving still; one that failed ends them by itself, or after a minute.
-srun=(srun --kill-on-bad-exit=0 --wait=60 --open-mode=append --output="$workdir/logs/rank-%t.log"
-    "$python" -m vidgen.cli "${command[@]}")
+# A process that ends before the others may be saving still; one that failed ends them by itself, or after a minute. What
+# srun has started is killed with it.
+srun=("$python" "$root/launch/supervise.py" -- srun --kill-on-bad-exit=0 --wait=60 --open-mode=append
+    --output="$workdir/logs/rank-%t.log" "$python" -m vidgen.cli "${command[@]}")
 submit=(sbatch --parsable --job-name="vidgen-$(basename "$workdir")" --requeue --signal=USR1@300
     --open-mode=append --output="$workdir/logs/slurm-%j.log" "${sbatch[@]}"
     "${BASH_SOURCE[0]}" --in_job "$workdir" "$topology" "$root" "$python" "${srun[@]}")

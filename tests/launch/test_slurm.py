@@ -1,8 +1,10 @@
-"""launch/slurm.sh under a real Slurm of two nodes on this machine: a job is asked to save, starts again by itself and
-goes on bit for bit. What needs no cluster is tested without one."""
+"""launch/slurm.sh under a real Slurm of two nodes on this machine: a job loses a process, then is asked to save, starts
+again by itself each time and goes on bit for bit. What needs no cluster is tested without one."""
 
+import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -19,7 +21,7 @@ from vidgen.training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = str(ROOT / "launch" / "slurm.sh")
-STEPS = 150
+STEPS = 300
 
 
 def sh(*arguments, env=None, cwd=None):
@@ -36,7 +38,7 @@ def config_file(tmp_path_factory):
     c.model.update(layers=1, unroll=1)
     c.text.layers = 0
     c.optimizer.name = "adamw"
-    c.train.update(steps=STEPS, log_every=1, checkpoint_every=1000)
+    c.train.update(steps=STEPS, log_every=1, checkpoint_every=50)
     (folder / "c.json").write_text(to_json(c))
     (folder / "c.py").write_text(
         "import pathlib\nfrom vidgen import config\ndef get_config(arg=''):\n"
@@ -58,7 +60,24 @@ def saved(workdir, step):
         checkpoints.close()
 
 
-def test_a_job_that_is_asked_to_save_starts_again_and_goes_on_bit_for_bit(slurm, config_file, tmp_path):  # noqa: F811
+def last_step(workdir):
+    return max((row["step"] for row in metrics.read(str(workdir))), default=0)
+
+
+def pid_of(rank, workdir):
+    """The process of this rank that trains in a workdir."""
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            command, told = ((folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+        except OSError:  # it has ended since
+            continue
+        if b"vidgen.cli" in command and str(workdir).encode() in command and f"SLURM_PROCID={rank}".encode() in told:
+            if not pathlib.Path(os.fsdecode(command[0])).name.startswith("srun"):
+                return int(folder.name)
+    raise AssertionError(f"no process {rank} trains in {workdir}")
+
+
+def test_a_job_that_is_killed_and_asked_to_save_starts_again_bit_for_bit(slurm, config_file, tmp_path):  # noqa: F811
     # Nodes of a real cluster have names that resolve.
     env = slurm.environment | {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{_ports(1)[0]}",
@@ -86,7 +105,10 @@ def test_a_job_that_is_asked_to_save_starts_again_and_goes_on_bit_for_bit(slurm,
     assert slurm.fact(job, "JobState") == "COMPLETED", logs(straight)
 
     stopped, job = submit("stopped")
-    slurm.wait(lambda: metrics.read(str(stopped)) or ended(job), 240, lambda: logs(stopped))
+    slurm.wait(lambda: last_step(stopped) > 60 or ended(job), 240, lambda: logs(stopped))
+    os.kill(pid_of(1, stopped), signal.SIGKILL)
+    killed = last_step(stopped)  # or a step before
+    slurm.wait(lambda: last_step(stopped) > killed + 1 or ended(job), 240, lambda: logs(stopped))
     slurm("scancel", "--signal=USR1", job)
     again = sh("--", "train", "--config", config_file, "--workdir", stopped, env=env)
     assert again[0] == 2 and f"job {job} is there already; stop it first: bash launch/slurm.sh --stop" in again[2]
@@ -94,6 +116,8 @@ def test_a_job_that_is_asked_to_save_starts_again_and_goes_on_bit_for_bit(slurm,
     assert slurm.fact(job, "JobState") == "COMPLETED" and slurm.fact(job, "Restarts") == "1", logs(stopped)
 
     lead, other, own = ((stopped / "logs" / f"{name}.log").read_text() for name in ("rank-0", "rank-1", f"slurm-{job}"))
+    assert "started again in 1 s (1 of 10 without progress)" in own
+    assert json.loads((stopped / "supervisor.json").read_text())["outcome"] == "done"  # of the job's second life
     assert "Stopped by SIGUSR1 after step" in lead and "SIGUSR1: stopping after a step and saving" in lead + other
     assert f"job {job} was asked to end, has saved, and goes back to the queue" in own
     a, b = metrics.read(str(straight)), metrics.read(str(stopped))
@@ -108,7 +132,7 @@ def test_a_job_that_is_asked_to_save_starts_again_and_goes_on_bit_for_bit(slurm,
 def stand_in(folder, body):
     """A Python whose `-m vidgen.cli` is a few lines of shell."""
     path = folder / "python"
-    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.write_text(f'#!/bin/bash\n[ "$1" = -m ] || exec {sys.executable} "$@"\n{body}\n')
     path.chmod(0o755)
     return str(path)
 
@@ -179,7 +203,8 @@ def test_a_dry_run_prints_what_would_be_submitted_and_run(tmp_path):
     assert lines[1].startswith("sbatch --parsable --job-name=vidgen-my\\ run --requeue") and "--in_job" in lines[1]
     assert "export XLA_PYTHON_CLIENT_MEM_FRACTION=0.9" in lines
     run = f"{sys.executable} -m vidgen.cli train --config c.py --workdir {quoted}"
-    assert lines[-1].startswith("srun --kill-on-bad-exit=0") and lines[-1].endswith(run) and lines[1].endswith(run)
+    supervised = f"{sys.executable} {ROOT}/launch/supervise.py -- srun --kill-on-bad-exit=0"
+    assert lines[-1].startswith(supervised) and lines[-1].endswith(run) and lines[1].endswith(run)
 
     per_node = [
         sh(*more, "--dry_run", "--", "train", "--workdir", "w")[1] for more in ((), ("--gpus-per-node=h100:2",))
