@@ -4,6 +4,7 @@
   python launch/supervise.py -- vidgen train --config configs/x.py --workdir runs/a
   python launch/supervise.py -- launch/local.py --processes 2 -- train --config configs/x.py --workdir runs/a
   python launch/supervise.py --hang 300 --restarts 20 -- srun vidgen train --config configs/x.py --workdir /shared/a
+  python launch/supervise.py --host 3 -- vidgen train --config configs/x.py --workdir /shared/a
 
 It is started again after any exit status but 0, 2 (the user can mend it) and 128 + a signal that asked it to stop; and
 when a process of it shows no progress in WORKDIR/heartbeats for --hang seconds, ten times that while it starts or
@@ -13,6 +14,9 @@ once the run has come further than ever before. After --restarts in a row that b
 WORKDIR/supervisor.json says how each attempt went, at which step and with which last words, as does the report when it
 gives up; WORKDIR/incidents.jsonl has a row a restart. Ctrl-C, SIGTERM and SIGUSR1 are passed on, and what the command
 makes of them is the end. No process of the command outlives this one (on Linux).
+
+Hosts may have a supervisor each, as launch/tpu.sh gives them; --host says which it is. When one process is gone the
+others end by themselves, and all meet again. Its report is then supervisor-HOST.json; host 0 alone writes incidents.
 """
 
 from __future__ import annotations
@@ -76,7 +80,7 @@ def main() -> int:
         options.workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         return fail(f"--workdir={options.workdir}: {e.strerror}; expected a directory that can be written")
-    return Supervisor(command, options.workdir, options.restarts, options.hang).run()
+    return Supervisor(command, options.workdir, options.restarts, options.hang, options.host).run()
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -84,7 +88,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     description, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="supervise.py",
-        usage="python launch/supervise.py [--restarts N] [--hang SECONDS] [--dry_run] -- COMMAND …",
+        usage="python launch/supervise.py [--restarts N] [--hang SECONDS] [--host N] [--dry_run] -- COMMAND …",
         description=description,
         epilog=more,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -93,6 +97,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--restarts", type=int, default=10, metavar="N", help=help)
     help = "without progress, after which the run is killed and started again; 900 unless given, 0: never"
     parser.add_argument("--hang", type=float, default=900.0, metavar="SECONDS", help=help)
+    help = "number of this host, where each has a supervisor of its own"
+    parser.add_argument("--host", type=int, metavar="N", help=help)
     parser.add_argument("--dry_run", action="store_true", help="print what would be run, and end")
     cut = argv.index("--") if "--" in argv else len(argv)
     options, command = parser.parse_args(argv[:cut]), argv[cut + 1 :]
@@ -118,8 +124,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 class Supervisor:
     """A command and what became of its attempts; see the top of this file."""
 
-    def __init__(self, command: list[str], workdir: pathlib.Path, restarts: int, hang: float):
-        self.command, self.workdir, self.restarts, self.hang = command, workdir, restarts, hang
+    def __init__(self, command: list[str], workdir: pathlib.Path, restarts: int, hang: float, host: int | None):
+        self.command, self.workdir, self.restarts, self.hang, self.host = command, workdir, restarts, hang, host
         self.attempts: list[Attempt] = []
         self.process: subprocess.Popen | None = None
         self.asked: list[int] = []  # signals that came
@@ -225,10 +231,10 @@ class Supervisor:
         return last.status
 
     def _write(self, outcome: str) -> None:
-        """WORKDIR/supervisor.json; a disk that refuses it is said, and changes nothing."""
+        """WORKDIR/supervisor.json, or this host's; a disk that refuses it is said, and changes nothing."""
         found = {"command": self.command, "outcome": outcome, "restarts": len(self.attempts) - 1}
         found["attempts"] = [dataclasses.asdict(attempt) for attempt in self.attempts[-KEPT:]]
-        path = self.workdir / "supervisor.json"
+        path = self.workdir / ("supervisor.json" if self.host is None else f"supervisor-{self.host}.json")
         try:
             path.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             os.replace(path.with_suffix(".tmp"), path)
@@ -236,6 +242,8 @@ class Supervisor:
             say(f"{path}: {e.strerror}; it is not written")
 
     def _incident(self, step: int, text: str) -> None:
+        if self.host:
+            return  # host 0 tells of the same
         row = {"time": round(time.time(), 3), "step": step, "kind": "restart", "text": text}
         with contextlib.suppress(OSError), open(self.workdir / "incidents.jsonl", "a+b") as f:
             if f.tell():  # a row may have been cut short when its writer was killed

@@ -11,8 +11,9 @@
 #   --topology=T      as vidgen plan has it: sets the environment of its table
 #   --dry_run         prints what would be run, here and on the hosts, and ends
 #
-# The run goes on when this terminal is closed. WORKDIR/logs/rank-N.log are the hosts' logs. After a slice was taken away
-# and made again, --install and the same command go on from the last checkpoint. For several slices: launch/gke.py.
+# The run goes on when this terminal is closed. WORKDIR/logs/rank-N.log are the hosts' logs. When a process dies or hangs,
+# launch/supervise.py on each host starts all again, from the last checkpoint. After a slice was taken away and made again,
+# --install and the same command go on from there. For several slices: launch/gke.py.
 set -euo pipefail
 
 fail() {
@@ -115,7 +116,7 @@ if $alive; then echo \"\$(hostname): a run is at work for this workdir; stop it 
 rank=\$(curl -sf -H 'Metadata-Flavor: Google' http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)
 mkdir -p $log
 $environment
-setsid nohup .venv/bin/python -m vidgen.cli$(printf ' %q' "${command[@]}") </dev/null >>$log/rank-\$rank.log 2>&1 &
+setsid nohup .venv/bin/python launch/supervise.py --host \$rank -- .venv/bin/python -m vidgen.cli$(printf ' %q' "${command[@]}") </dev/null >>$log/rank-\$rank.log 2>&1 &
 echo \$! >$pid"
         ;;
     logs) on 0 "tail -n 50 -F $log/rank-0.log" ;;

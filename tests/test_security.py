@@ -253,7 +253,7 @@ def test_no_file_of_a_workdir_holds_a_secret_of_the_environment(tmp_path, monkey
     assert not [name for name, value in PLANTED.items() if any(value.encode() in text for text in said)]
 
 
-LISTENING = '''
+LISTENING = """
 import glob, os, socket, sys
 import jax, jax.numpy as jnp
 from vidgen.parallel import processes
@@ -270,7 +270,7 @@ for kind, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
             raw = bytes.fromhex(local.partition(":")[0])
             print("LISTENS", socket.inet_ntop(family, b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))))
 processes.barrier("to have looked")
-'''
+"""
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/net/tcp"), reason="only Linux says who listens")

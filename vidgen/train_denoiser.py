@@ -99,9 +99,7 @@ def _mix(program: Program, source: Source, packing: Packing, steps: range) -> Mi
     return Mix("", grids, program.config.rows.tokens, len(steps), tick)
 
 
-def draw(
-    program: Program, params: Any, n: int, workdir: str, writer: MetricWriter | None, pause: Pause
-) -> None:
+def draw(program: Program, params: Any, n: int, workdir: str, writer: MetricWriter | None, pause: Pause) -> None:
     """Samples of `sample.prompts`, a row each, into WORKDIR/samples/<step>/ and TensorBoard."""
     config = program.config
     prompts, seeds = list(config.sample.prompts), range(4)

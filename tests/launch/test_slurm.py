@@ -71,9 +71,9 @@ def pid_of(rank, workdir):
             command, told = ((folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
         except OSError:  # it has ended since
             continue
-        if b"vidgen.cli" in command and str(workdir).encode() in command and f"SLURM_PROCID={rank}".encode() in told:
-            if not pathlib.Path(os.fsdecode(command[0])).name.startswith("srun"):
-                return int(folder.name)
+        ours = b"vidgen.cli" in command and str(workdir).encode() in command and b"srun" not in command
+        if ours and f"SLURM_PROCID={rank}".encode() in told:
+            return int(folder.name)
     raise AssertionError(f"no process {rank} trains in {workdir}")
 
 

@@ -2,6 +2,7 @@
 would be asked of Google Cloud is checked against nothing."""
 
 import contextlib
+import json
 import os
 import pathlib
 import shlex
@@ -70,8 +71,10 @@ def test_a_run_is_started_on_all_hosts_logged_by_rank_and_stopped(tpu, tmp_path)
     for host in range(HOSTS):  # a venv whose python says what it was given
         python = tmp_path / f"host{host}/vidgen/.venv/bin/python"
         python.parent.mkdir(parents=True)
+        (tmp_path / f"host{host}/vidgen/launch").symlink_to(ROOT / "launch")
         python.write_text(
-            '#!/bin/bash\ntrap "echo saved; exit 143" TERM\n'
+            f'#!/bin/bash\n[ "$1" = -m ] || exec {sys.executable} "$@"\n'
+            'trap "echo saved; exit 143" TERM\n'
             'echo $PWD $JAX_PLATFORMS $VIDGEN_DISTRIBUTED "${@: -1}" "$#"\nwhile :; do sleep 0.05; done\n'
         )
         python.chmod(0o755)
@@ -87,6 +90,8 @@ def test_a_run_is_started_on_all_hosts_logged_by_rank_and_stopped(tpu, tmp_path)
     assert status != 0 and "a run is at work for this workdir; stop it first" in err
     assert tpu(*pod, "--stop", "--workdir", w) == (0, "", "")
     wait(lambda: all(log.read_text().endswith("saved\n") for log in logs))
+    told = [w / f"supervisor-{host}.json" for host in range(HOSTS)]
+    wait(lambda: all(path.exists() and json.loads(path.read_text())["outcome"] == "stopped" for path in told))
     assert tpu(*pod, "--stop", "--workdir", tmp_path / "other")[0] != 0
 
 

@@ -1,4 +1,5 @@
-"""A run of two processes that loses one to SIGKILL and another to SIGSTOP ends as if undisturbed, bit for bit."""
+"""A run of two processes, each under a supervisor of its own, that loses one to SIGKILL and another to SIGSTOP ends as
+one that was not disturbed, bit for bit."""
 
 import json
 import os
@@ -19,6 +20,10 @@ from vidgen.training.checkpoint import Checkpoints
 from vidgen.training.program import build
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
+sys.path.insert(0, str(LAUNCH))
+
+import local  # noqa: E402
+
 STEPS = 120
 
 
@@ -31,21 +36,56 @@ def config():
     return c
 
 
-def started(folder, name):
-    """A run under the supervisor."""
+def config_file(folder):
     (folder / "c.json").write_text(to_json(config()))
     (folder / "c.py").write_text(
         "import pathlib\n\nfrom vidgen import config\n\n\n"
         "def get_config(arg=''):\n"
         "    return config.from_json((pathlib.Path(__file__).parent / 'c.json').read_text())\n"
     )
-    env = os.environ | {
+    return folder / "c.py"
+
+
+def supervised(folder, name, options, run, environment):
+    """A run that is started again; what it says is in WORKDIR/said.log."""
+    cache = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
-    command = [sys.executable, LAUNCH / "supervise.py", "--hang=60", "--", LAUNCH / "local.py", "--processes=2", "--"]
-    train = ["train", "--config", folder / "c.py", "--workdir", folder / name]
-    return subprocess.Popen([*map(str, command), *map(str, train)], stderr=subprocess.PIPE, text=True, env=env)
+    train = ["train", "--config", config_file(folder), "--workdir", folder / name]
+    command = [sys.executable, LAUNCH / "supervise.py", "--hang=25", *options, "--", *run, *train]
+    (folder / name).mkdir(exist_ok=True)
+    with open(folder / name / "said.log", "ab") as log:
+        env = os.environ | cache | environment
+        return subprocess.Popen([*map(str, command)], stdout=log, stderr=subprocess.STDOUT, env=env)
+
+
+def together(folder, name):
+    """Two processes under one supervisor."""
+    return [supervised(folder, name, [], [LAUNCH / "local.py", "--processes=2", "--"], {})]
+
+
+def apart(folder, name):
+    """Two processes, each under a supervisor of its own, as on two hosts."""
+    port = local.free_port()
+    run = [sys.executable, "-m", "vidgen.cli"]
+    return [supervised(folder, name, [f"--host={n}"], run, local.environment(n, 2, 1, port)) for n in range(2)]
+
+
+def end(supervisors, workdir):
+    """Waits for them, and leaves nothing behind."""
+    try:
+        for supervisor in supervisors:
+            supervisor.wait(400)
+    finally:
+        for supervisor in supervisors:
+            supervisor.terminate()
+    assert [supervisor.returncode for supervisor in supervisors] == [0] * len(supervisors), said(workdir)
+    assert not ranks(workdir)
+
+
+def said(workdir):
+    return (workdir / "said.log").read_text()
 
 
 def ranks(workdir):
@@ -62,11 +102,11 @@ def ranks(workdir):
     return found
 
 
-def reached(workdir, step, process):
-    """Waits until the run has come to a step, not by an earlier attempt."""
+def reached(workdir, step, supervisors):
+    """Waits until the run has come to a step."""
     until = time.monotonic() + 300
     while time.monotonic() < until:
-        assert process.poll() is None, process.stderr.read()
+        assert all(supervisor.poll() is None for supervisor in supervisors), said(workdir)
         rows = metrics.read(str(workdir))
         if rows and rows[-1]["step"] >= step:
             return
@@ -87,33 +127,27 @@ def arrays(workdir):
 
 
 def test_a_killed_and_a_stopped_process_change_no_bit(tmp_path):
-    calm = started(tmp_path, "calm")
-    try:
-        _, err = calm.communicate(timeout=400)
-    finally:
-        calm.terminate()
-    assert calm.returncode == 0, err
-    assert json.loads((tmp_path / "calm/supervisor.json").read_text())["restarts"] == 0
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    end(together(tmp_path, "calm"), calm)
+    assert json.loads((calm / "supervisor.json").read_text())["restarts"] == 0
 
-    workdir = tmp_path / "rough"
-    rough = started(tmp_path, "rough")
+    supervisors = apart(tmp_path, "rough")
     try:
-        reached(workdir, 30, rough)
-        os.kill(ranks(workdir)[1], signal.SIGKILL)
+        reached(rough, 30, supervisors)
+        os.kill(ranks(rough)[1], signal.SIGKILL)
         time.sleep(3)  # until the rest of it is gone
-        reached(workdir, 70, rough)
-        os.kill(ranks(workdir)[0], signal.SIGSTOP)
-        _, err = rough.communicate(timeout=400)
+        reached(rough, 70, supervisors)
+        os.kill(ranks(rough)[0], signal.SIGSTOP)
     finally:
-        rough.terminate()
-    assert rough.returncode == 0, err
-    told = json.loads((workdir / "supervisor.json").read_text())["attempts"]
-    assert [attempt["status"] for attempt in told[:2]] == [137, 75], told
-    log = (workdir / "logs/rank-1.log").read_text()
-    assert "process 1 of 2: nothing has moved for " in log and "process 0 (pid " in log
-    assert not ranks(workdir)
+        end(supervisors, rough)
+    told = [json.loads((rough / f"supervisor-{n}.json").read_text()) for n in range(2)]
+    statuses = [[attempt["status"] for attempt in one["attempts"]] for one in told]
+    assert [one["outcome"] for one in told] == ["done", "done"], told
+    assert statuses[1][0] == 137 and statuses[0][0] not in (0, 137), "one was killed, the other could not go on alone"
+    assert 75 in statuses[1] and any("hung, process 0" in attempt["how"] for attempt in told[0]["attempts"]), told
+    assert "process 1 of 2: nothing has moved for " in said(rough) and "process 0 (pid " in said(rough)
 
-    for mine, other in zip(arrays(workdir), arrays(tmp_path / "calm"), strict=True):
+    for mine, other in zip(arrays(rough), arrays(calm), strict=True):
         np.testing.assert_array_equal(mine, other)
-    losses = [[row["loss"] for row in metrics.read(str(tmp_path / name))] for name in ("calm", "rough")]
+    losses = [[row["loss"] for row in metrics.read(str(workdir))] for workdir in (calm, rough)]
     assert len(losses[0]) == STEPS and losses[0] == losses[1]
