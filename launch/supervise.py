@@ -39,6 +39,10 @@ from typing import Any
 
 import descent
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from vidgen.secrets import redacted  # noqa: E402
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # that are passed on
 STOPPED = {128 + number for number in SIGNALS}  # exit status of a run that was asked to stop
 USER = 2  # exit status of what the user can mend
@@ -231,12 +235,12 @@ class Supervisor:
         return last.status
 
     def _write(self, outcome: str) -> None:
-        """WORKDIR/supervisor.json, or this host's; a disk that refuses it is said, and changes nothing."""
-        found = {"command": self.command, "outcome": outcome, "restarts": len(self.attempts) - 1}
+        """The report, without credentials; a disk that refuses it is said, and changes nothing."""
+        found = {"command": shlex.join(self.command), "outcome": outcome, "restarts": len(self.attempts) - 1}
         found["attempts"] = [dataclasses.asdict(attempt) for attempt in self.attempts[-KEPT:]]
         path = self.workdir / ("supervisor.json" if self.host is None else f"supervisor-{self.host}.json")
         try:
-            path.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            path.with_suffix(".tmp").write_text(json.dumps(redacted(found), indent=1) + "\n", encoding="utf-8")
             os.replace(path.with_suffix(".tmp"), path)
         except OSError as e:
             say(f"{path}: {e.strerror}; it is not written")

@@ -115,6 +115,18 @@ def test_what_the_user_has_to_mend_or_asked_for_is_not_started_again(status, out
     assert report(tmp_path)["outcome"] == outcome and not incidents(tmp_path)
 
 
+def test_a_host_of_several_has_a_report_of_its_own_without_credentials(command, tmp_path):
+    body = "print('hf_' + 24 * 'a')\nsys.exit(attempt == 1)"
+    with_one = [*command(body, "--host=1"), "--config.data.token=" + "gh" + "p_" + 24 * "b"]
+    assert run(with_one)[0] == 0
+    text = (tmp_path / "w/supervisor-1.json").read_text()
+    found = json.loads(text)
+    assert (found["outcome"], found["restarts"]) == ("done", 1) and not incidents(tmp_path)  # host 0 tells of those
+    assert "train --workdir" in found["command"] and 24 * "a" not in text and 24 * "b" not in text
+    assert found["attempts"][0]["log"] == ["attempt 1", "***"]
+    assert run(command("", "--host=0"))[0] == 0 and (tmp_path / "w/supervisor-0.json").exists()
+
+
 def test_what_gets_no_further_is_given_up_with_a_report(command, tmp_path):
     body = "beat(attempt == 1 and 7 or 5)\nprint('of no use', file=sys.stderr)\nsys.exit(75)"
     status, out, err = run(command(body, "--restarts=2"))
