@@ -100,7 +100,8 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=ITEMS)
         except (OSError, ImportError) as e:
             reason = (e.strerror if isinstance(e, OSError) else "") or " ".join(str(e).split())[:200]
-            raise ConfigError(f"{self._directory}: {reason}; expected a directory that can be written") from None
+            wanted = "the extra [gcs] of vidgen" if isinstance(e, ImportError) else "a directory that can be written"
+            raise ConfigError(f"{self._directory}: {reason}; expected {wanted}") from None
 
     @property
     def where(self) -> str:

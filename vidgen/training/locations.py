@@ -23,6 +23,10 @@ def directory(workdir: str, location: str | None = None) -> epath.Path:
     """
     location = (_told(workdir) if location is None else location).removeprefix("file://")
     if location.startswith("gs://"):
+        import fsspec  # it comes with Orbax, and is used for buckets alone
+
+        # Other processes write there, and tensorstore in this one: a listing that is kept would not show it.
+        fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
         return epath.Path(location)
     if "://" in location:
         raise ConfigError(
