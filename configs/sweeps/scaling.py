@@ -4,8 +4,8 @@ vidgen sweep --sweep configs/sweeps/scaling.py --output runs/scaling --width 2  
 vidgen fit --runs runs/scaling/results.csv                                            # or configs/sweeps/scaling.csv
 
 scaling.csv beside this has the 26 runs as they were made. Fitted on the 17 of the three lower budgets, the law predicts
-the nine of the largest one within 1.3 % in the mean and 2.2 % at most; to repeat the best loss before them is 5.8 % off.
-Of 144 unseen prompts the best run of each budget draws 36, 63, 94 and 100 % all right.
+the nine of the largest one within 1.3 % in the mean and 2.2 % at most; the best loss before them is 5.8 % off. Of 144
+unseen prompts the best run of each budget draws 36, 63, 94 and 100 % all right.
 """
 
 import os
