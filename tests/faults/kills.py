@@ -60,7 +60,7 @@ def trials(short: bool, seed: int) -> list[Trial]:
     runs = []
     for _ in range(10):
         blows = [{"how": rng.choice(HOWS), "moment": rng.choices(MOMENTS, SHARES)[0]} for _ in range(10)]
-        runs.append({"steps": 4000, "blows": [b | {"at": rng.random(), "draw": rng.random()} for b in blows]})
+        runs.append({"steps": 2000, "blows": [b | {"at": rng.random(), "draw": rng.random()} for b in blows]})
     return runs
 
 
