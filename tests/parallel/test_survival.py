@@ -53,7 +53,7 @@ def supervised(folder, name, options, run, environment):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
     train = ["train", "--config", config_file(folder), "--workdir", folder / name]
-    command = [sys.executable, LAUNCH / "supervise.py", "--hang=25", *options, "--", *run, *train]
+    command = [sys.executable, LAUNCH / "supervise.py", "--hang=35", *options, "--", *run, *train]
     (folder / name).mkdir(exist_ok=True)
     with open(folder / name / "said.log", "ab") as log:
         env = os.environ | cache | environment
