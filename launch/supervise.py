@@ -8,7 +8,7 @@
 
 It is started again after any exit status but 0, 2 (the user can mend it) and 128 + a signal that asked it to stop; and
 when a process of it shows no progress in WORKDIR/heartbeats for --hang seconds, ten times that while it starts or
-compiles: all its processes are killed then, stopped ones too. Before that it waits 1 s, 2 s, 4 s … 60 s, and 1 s again
+compiles: all its processes are killed then, stopped ones too. Before that it waits 1 s, 2 s, 4 s … 30 s, and 1 s again
 once the run has come further than ever before. After --restarts in a row that brought it no further it gives up.
 
 WORKDIR/supervisor.json says how each attempt went, at which step and with which last words, as does the report when it
@@ -48,7 +48,7 @@ STOPPED = {128 + number for number in SIGNALS}  # exit status of a run that was 
 USER = 2  # exit status of what the user can mend
 SLOW = 10  # times --hang while a process starts or compiles
 SILENT = 10.0  # seconds after which a process that writes its heartbeat every other second is stopped
-LONGEST = 60.0  # seconds between two attempts
+LONGEST = 30.0  # seconds between two attempts
 ENOUGH = 300.0  # seconds after a signal was passed on; what has not ended then is killed
 TAIL = 15  # last lines of an attempt that are kept
 KEPT = 100  # attempts in supervisor.json

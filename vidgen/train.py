@@ -265,5 +265,5 @@ def _introduce(
         progress.say(line)
     progress.say(f"{told.work}; MFU is against {facts['peak']}")
     progress.say(f"Going on after step {start}" if start else "Compiling the step …")
-    lr = optimizers.schedule(config.optimizer, config.optimizer.lr, config.train.steps)
-    return Meter(lr, told.flops, peak, told.clips, config.train.max_bad, tokens_seen)
+    rates = optimizers.rates(config.optimizer, config.optimizer.lr, config.train.steps)
+    return Meter(rates.__getitem__, told.flops, peak, told.clips, config.train.max_bad, tokens_seen)

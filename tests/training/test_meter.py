@@ -47,6 +47,21 @@ def test_speed_counts_steps_after_the_first_and_no_time_aside():
     assert row["mfu"] == pytest.approx(0.05) and row["data_wait_fraction"] == pytest.approx(0.1)
 
 
+def test_time_that_a_row_takes_is_time_of_the_next():
+    clock = Clock()
+
+    def slow(n):
+        clock.now += 3
+        return 0.1
+
+    m = meter(clock, lr=slow)
+    for n in (1, 2, 3):
+        m.done(*done(n))
+        clock.now += 1
+        row = m.row()
+    assert row["seconds_per_step"] == pytest.approx(4)
+
+
 def test_a_row_of_the_first_step_alone_says_nothing_of_speed():
     clock = Clock()
     m = meter(clock)

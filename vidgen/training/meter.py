@@ -48,7 +48,7 @@ class Meter:
         """Starts to count.
 
         Args:
-          lr: step → learning rate.
+          lr: step → learning rate; one that asks a device would wait for the step that it is at.
           useful_flops: steps done → of the next step, for MFU.
           peak_flops: of all devices, a second.
           clips_a_step: about, against which unreadable clips are judged.
@@ -69,8 +69,8 @@ class Meter:
         self._skipped, self._stuck = 2**31, 0  # what was skipped before it is not known yet
         self._begin()
 
-    def _begin(self) -> None:
-        self._start, self._aside, self._wait = self._clock(), 0.0, 0.0
+    def _begin(self, now: float | None = None) -> None:
+        self._start, self._aside, self._wait = self._clock() if now is None else now, 0.0, 0.0
         self._steps, self._tokens, self._flops = 0, 0.0, 0.0
         self._seen: dict[str, list[float]] = {}
 
@@ -121,7 +121,8 @@ class Meter:
 
         The loss, and what else a task measures, are means over the steps; the other figures are the last step's.
         """
-        seconds = max(self._clock() - self._start - self._aside, 1e-9)
+        now = self._clock()
+        seconds = max(now - self._start - self._aside, 1e-9)
         values = {name: float(np.mean(values)) for name, values in self._seen.items()} | {
             "grad_norm": self._last["grad_norm"],
             "lr": float(self._lr(self._n - 1 - self._skipped)),
@@ -137,5 +138,5 @@ class Meter:
                 "mfu": self._flops / seconds / self._peak,
                 "data_wait_fraction": self._wait / seconds,
             }
-        self._begin()
+        self._begin(now)
         return values

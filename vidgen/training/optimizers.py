@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
@@ -38,6 +39,11 @@ def schedule(c: ConfigDict, peak: float, steps: int) -> optax.Schedule:
         decay = optax.linear_schedule(peak, peak * c.final, fall, transition_begin=rest - fall)
     # The first step is taken at peak / warmup and not at 0, where it would change nothing.
     return optax.join_schedules([optax.linear_schedule(peak / max(warmup, 1), peak, warmup), decay], [warmup])
+
+
+def rates(c: ConfigDict, peak: float, steps: int) -> np.ndarray:
+    """[steps] f32: the learning rate of every step, on the host, which need not wait for a device to know it."""
+    return np.asarray(jax.jit(jax.vmap(schedule(c, peak, steps)))(np.arange(steps)))
 
 
 def muon_dimensions(params: Any) -> Any:
