@@ -243,7 +243,7 @@ def test_schedules(name, shape):
         assert lr(89) == 2.0 and abs(lr(100) - 1.0) < 0.02
     assert lr(0) > 0
     rates = optimizers.rates(config.optimizer, 2.0, 110)
-    np.testing.assert_allclose(rates, [lr(n) for n in range(110)], rtol=1e-6)
+    np.testing.assert_allclose(rates, [lr(n) for n in range(110)], atol=1e-6)
 
 
 def test_bad_settings(tiny):
