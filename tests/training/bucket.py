@@ -138,6 +138,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Answers for `buckets`."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet an answer: a client waits 40 ms for the second of two
+    disable_nagle_algorithm = True
     buckets: Buckets
 
     def log_message(self, *_: Any) -> None:
