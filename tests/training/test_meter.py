@@ -47,6 +47,12 @@ def test_speed_counts_steps_after_the_first_and_no_time_aside():
     assert row["mfu"] == pytest.approx(0.05) and row["data_wait_fraction"] == pytest.approx(0.1)
 
 
+def test_where_all_steps_were_skipped_the_rate_is_the_first():
+    m = meter(Clock(), lr=[0.5, 0.4, 0.3].__getitem__)
+    m.done(1, done(1)[1] | {"skipped": 1})
+    assert m.row()["lr"] == 0.5
+
+
 def test_time_that_a_row_takes_is_time_of_the_next():
     clock = Clock()
 

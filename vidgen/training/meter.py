@@ -125,7 +125,7 @@ class Meter:
         seconds = max(now - self._start - self._aside, 1e-9)
         values = {name: float(np.mean(values)) for name, values in self._seen.items()} | {
             "grad_norm": self._last["grad_norm"],
-            "lr": float(self._lr(self._n - 1 - self._skipped)),
+            "lr": float(self._lr(max(self._n - 1 - self._skipped, 0))),
             "tokens_seen": self.tokens_seen,
             "skipped_steps": self._last["skipped"],
             "unreadable_clips": float(self._bad.total()),
