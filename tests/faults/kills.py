@@ -44,6 +44,7 @@ HANG = 10.0  # seconds without a step after which a run is taken to hang; ten ti
 SAVE = 0.2  # seconds, about, that a save takes
 START = 10.0  # seconds, about, that a start takes
 RECOVERY = 60.0  # seconds, at most
+ENOUGH = 10  # losses that a median is judged on: a single one inside a save is an interval and that save's time
 PATIENCE = 400.0  # seconds that anything may take before the suite gives up on it
 # Of the processes other than the first one, none can keep what it has compiled on a CPU: all of it is compiled again at
 # each start, in a third of the time so.
@@ -275,7 +276,10 @@ def attempt(shared: pathlib.Path, own: pathlib.Path, trial: Trial) -> Result:
 
 
 def judge(results: list[Result]) -> Verdict:
-    """All runs end alike, and the median of what was lost is no more than the time between temporary checkpoints."""
+    """All runs end alike, and the median of what was lost is no more than the time between temporary checkpoints.
+
+    The median of fewer than ENOUGH losses is told, and not judged.
+    """
     found = [entry for result in results for entry in result["found"]]
     lost = [entry["lost"] for entry in found if "lost" in entry]
     recoveries = [entry["recovery"] for entry in found if "recovery" in entry]
@@ -283,7 +287,7 @@ def judge(results: list[Result]) -> Verdict:
     kinds = {how: sum(blow["how"] == how for blow in dealt) for how in HOWS}
     inside, starting = (sum(blow[when] for blow in dealt) for when in ("inside", "starting"))
     wrong, median = all_wrong(results), statistics.median(lost) if lost else 0.0
-    if median > INTERVAL:
+    if len(lost) >= ENOUGH and median > INTERVAL:
         wrong += (f"the median lost work is {median:.1f} s, more than the {INTERVAL:g} s between checkpoints",)
     told = ", ".join(f"{n} {how}" for how, n in kinds.items())
     alike = sum(result["alike"] for result in results)
