@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import tempfile
 
 # libtpu is installed, to compile for TPUs, and would look for some.
@@ -47,6 +48,37 @@ def make_tiny_vae():
     c.optimizer.update(name="adamw", lr=1e-3, warmup=2, ema=0.9)
     c.train.update(steps=6, log_every=2, checkpoint_every=3)
     return c
+
+
+def config_file(folder, c):
+    """FOLDER/c.py, a config for the command line."""
+    (folder / "c.json").write_text(configs.to_json(c))
+    (folder / "c.py").write_text(
+        "import pathlib\n\nfrom vidgen import config\n\n\n"
+        "def get_config(arg=''):\n"
+        "    return config.from_json((pathlib.Path(__file__).parent / 'c.json').read_text())\n"
+    )
+    return folder / "c.py"
+
+
+def processes(workdir):
+    """{process: (its command, as a list; its environment)} of all whose command names this workdir. Linux only."""
+    found = {}
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            command, variables = ((folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+        except OSError:  # it has ended since
+            continue
+        if str(workdir) in b"\0".join(command).decode(errors="replace"):
+            pairs = (variable.decode(errors="replace").partition("=") for variable in variables)
+            found[int(folder.name)] = [x.decode(errors="replace") for x in command], {k: v for k, _, v in pairs}
+    return found
+
+
+def ranks(workdir):
+    """{rank: process} of those that launch/ has started to train in this workdir."""
+    found = processes(workdir)
+    return {int(env["VIDGEN_PROCESS"]): pid for pid, (_, env) in found.items() if "VIDGEN_PROCESS" in env}
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import make_tiny
+from conftest import config_file, make_tiny
 
 from vidgen import config as configs
 from vidgen import train
-from vidgen.config import ConfigError, to_json
+from vidgen.config import ConfigError
 from vidgen.data.clip import BadClip
 from vidgen.data.moving_shapes import MovingShapes
 from vidgen.training import metrics, restored
@@ -289,19 +289,13 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     """The real signal to the real command."""
     c = config(steps=100_000, log_every=1, checkpoint_every=100_000)
     c.optimizer.schedule = "constant"  # the same program for any number of steps: compiled once
-    (tmp_path / "c.json").write_text(to_json(c))
-    (tmp_path / "c.py").write_text(
-        "import pathlib\n\nfrom vidgen import config\n\n\n"
-        "def get_config(arg=''):\n"
-        "    return config.from_json((pathlib.Path(__file__).parent / 'c.json').read_text())\n"
-    )
     command = [
         sys.executable,
         "-m",
         "vidgen.cli",
         "train",
         "--config",
-        str(tmp_path / "c.py"),
+        str(config_file(tmp_path, c)),
         "--workdir",
         str(tmp_path / "w"),
     ]

@@ -28,6 +28,8 @@ from tiny_runs import (
     last_step,
     local,
     make_config,
+    processes,
+    ranks,
     saving,
     started,
     straight,
@@ -82,24 +84,6 @@ def supervised(workdir: pathlib.Path, file: pathlib.Path) -> list[str]:
     """The command of a run of two processes that is started again when it dies or hangs."""
     supervisor = [sys.executable, str(ROOT / "launch/supervise.py"), "--restarts=20", f"--hang={3 * HANG:g}", "--"]
     return supervisor + local(2, 1, "--", "train", "--config", file, "--workdir", workdir)[1:]
-
-
-def of_run(workdir: pathlib.Path) -> dict[int, int | None]:
-    """{process: rank, None for what only starts others} of all whose command names this workdir."""
-    found = {}
-    for folder in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            if str(workdir).encode() in (folder / "cmdline").read_bytes():
-                rank = re.search(rb"(?:^|\0)VIDGEN_PROCESS=(\d+)", (folder / "environ").read_bytes())
-                found[int(folder.name)] = int(rank[1]) if rank else None
-        except OSError:  # it has ended since
-            pass
-    return found
-
-
-def ranks(workdir: pathlib.Path) -> dict[int, int]:
-    """{rank: process} of those that train in this workdir."""
-    return {rank: pid for pid, rank in of_run(workdir).items() if rank is not None}
 
 
 class Watch:
@@ -264,7 +248,7 @@ def attempt(shared: pathlib.Path, own: pathlib.Path, trial: Trial) -> Result:
             wrong.append(f"{e}: {log.read_text(errors='replace')[-300:]}")
     if not wrong and process.returncode:
         wrong.append(f"the run ended with {process.returncode}: {log.read_text(errors='replace')[-300:]}")
-    if left := of_run(workdir):
+    if left := processes(workdir):
         wrong += [] if wrong else [f"{len(left)} processes were left behind"]
         for pid in left:
             with contextlib.suppress(ProcessLookupError):

@@ -20,7 +20,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported, as in c
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from conftest import make_tiny, make_tiny_vae  # noqa: E402, where the path leads; it gives this process four devices
+from conftest import (  # noqa: E402, which gives this process four devices
+    config_file,
+    make_tiny,
+    make_tiny_vae,
+)
+from conftest import processes as processes  # noqa: E402, for the rows beside this file
+from conftest import ranks as ranks  # noqa: E402
 
 from vidgen import config as configs  # noqa: E402
 from vidgen import train  # noqa: E402
@@ -41,17 +47,6 @@ def make_config(**changes: Any) -> Any:
 def make_vae_config(**changes: Any) -> Any:
     """Of a VAE, images first, whose critics join after three steps."""
     return configs.override(make_tiny_vae(), {"train.log_every": 1} | changes)
-
-
-def config_file(folder: pathlib.Path, c: Any) -> pathlib.Path:
-    """FOLDER/c.py, a config for the command line."""
-    (folder / "c.json").write_text(configs.to_json(c))
-    (folder / "c.py").write_text(
-        "import pathlib\n\nfrom vidgen import config\n\n\n"
-        "def get_config(arg=''):\n"
-        "    return config.from_json((pathlib.Path(__file__).parent / 'c.json').read_text())\n"
-    )
-    return folder / "c.py"
 
 
 def environment() -> dict[str, str]:

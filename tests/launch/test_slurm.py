@@ -12,10 +12,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import make_tiny
+from conftest import config_file, make_tiny, processes
 from slurm_cluster import _ports, slurm  # noqa: F401 - the fixture
 
-from vidgen.config import to_json
 from vidgen.training import metrics
 from vidgen.training.checkpoint import Checkpoints
 
@@ -32,19 +31,14 @@ def sh(*arguments, env=None, cwd=None):
 
 
 @pytest.fixture(scope="module")
-def config_file(tmp_path_factory):
+def tiny_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("config")
     c = make_tiny()
     c.model.update(layers=1, unroll=1)
     c.text.layers = 0
     c.optimizer.name = "adamw"
     c.train.update(steps=STEPS, log_every=1, checkpoint_every=50)
-    (folder / "c.json").write_text(to_json(c))
-    (folder / "c.py").write_text(
-        "import pathlib\nfrom vidgen import config\ndef get_config(arg=''):\n"
-        "    return config.from_json((pathlib.Path(__file__).parent / 'c.json').read_text())\n"
-    )
-    return folder / "c.py"
+    return config_file(folder, c)
 
 
 def saved(workdir, step):
@@ -66,18 +60,13 @@ def last_step(workdir):
 
 def pid_of(rank, workdir):
     """The process of this rank that trains in a workdir."""
-    for folder in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            command, told = ((folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
-        except OSError:  # it has ended since
-            continue
-        ours = b"vidgen.cli" in command and str(workdir).encode() in command and b"srun" not in command
-        if ours and f"SLURM_PROCID={rank}".encode() in told:
-            return int(folder.name)
+    for pid, (command, env) in processes(workdir).items():
+        if "vidgen.cli" in command and "srun" not in command and env.get("SLURM_PROCID") == str(rank):
+            return pid
     raise AssertionError(f"no process {rank} trains in {workdir}")
 
 
-def test_a_job_that_is_killed_and_asked_to_save_starts_again_bit_for_bit(slurm, config_file, tmp_path):  # noqa: F811
+def test_a_job_that_is_killed_and_asked_to_save_starts_again_bit_for_bit(slurm, tiny_file, tmp_path):  # noqa: F811
     # Nodes of a real cluster have names that resolve.
     env = slurm.environment | {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{_ports(1)[0]}",
@@ -90,7 +79,7 @@ def test_a_job_that_is_killed_and_asked_to_save_starts_again_bit_for_bit(slurm, 
 
     def submit(name):
         workdir = tmp_path / name
-        train = ("train", "--config", config_file, "--workdir", workdir)
+        train = ("train", "--config", tiny_file, "--workdir", workdir)
         status, out, err = sh("--nodes=2", "--time=10", "--signal=USR1@60", "--", *train, env=env)
         assert (status, out) == (0, ""), err
         return workdir, (workdir / "slurm_job").read_text().strip()
@@ -111,7 +100,7 @@ def test_a_job_that_is_killed_and_asked_to_save_starts_again_bit_for_bit(slurm, 
     killed = last_step(stopped)  # or a step before
     slurm.wait(lambda: last_step(stopped) > killed + 1 or ended(job), 240, lambda: logs(stopped))
     slurm("scancel", "--signal=USR1", job)
-    again = sh("--", "train", "--config", config_file, "--workdir", stopped, env=env)
+    again = sh("--", "train", "--config", tiny_file, "--workdir", stopped, env=env)
     assert again[0] == 2 and f"job {job} is there already; stop it first: bash launch/slurm.sh --stop" in again[2]
     slurm.wait(lambda: ended(job), 240, lambda: logs(stopped))
     assert slurm.fact(job, "JobState") == "COMPLETED" and slurm.fact(job, "Restarts") == "1", logs(stopped)

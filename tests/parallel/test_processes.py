@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import make_tiny
+from conftest import config_file, make_tiny
 
 from vidgen import train
 from vidgen.config import ConfigError, to_json
@@ -123,16 +123,6 @@ def rank_pid(launcher, rank):
         if f"VIDGEN_PROCESS={rank}\0" in pathlib.Path(f"/proc/{pid}/environ").read_text():
             return int(pid)
     raise AssertionError(f"no rank {rank} among {children}")
-
-
-def config_file(folder, c):
-    (folder / "c.json").write_text(to_json(c))
-    (folder / "c.py").write_text(
-        "import pathlib\n\nfrom vidgen import config\n\n\n"
-        "def get_config(arg=''):\n"
-        "    return config.from_json((pathlib.Path(__file__).parent / 'c.json').read_text())\n"
-    )
-    return folder / "c.py"
 
 
 def test_sigterm_to_one_ends_all_after_the_same_step_and_saves(tmp_path):

@@ -11,9 +11,8 @@ import time
 
 import jax
 import numpy as np
-from conftest import make_tiny
+from conftest import config_file, make_tiny, ranks
 
-from vidgen.config import to_json
 from vidgen.parallel import mesh as meshes
 from vidgen.training import metrics
 from vidgen.training.checkpoint import Checkpoints
@@ -36,16 +35,6 @@ def config():
     return c
 
 
-def config_file(folder):
-    (folder / "c.json").write_text(to_json(config()))
-    (folder / "c.py").write_text(
-        "import pathlib\n\nfrom vidgen import config\n\n\n"
-        "def get_config(arg=''):\n"
-        "    return config.from_json((pathlib.Path(__file__).parent / 'c.json').read_text())\n"
-    )
-    return folder / "c.py"
-
-
 def supervised(folder, name, options, run, environment):
     """A run that is started again; what it says is in WORKDIR/said.log."""
     cache = {
@@ -53,7 +42,7 @@ def supervised(folder, name, options, run, environment):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in a third of the time
     }
-    train = ["train", "--config", config_file(folder), "--workdir", folder / name]
+    train = ["train", "--config", config_file(folder, config()), "--workdir", folder / name]
     command = [sys.executable, LAUNCH / "supervise.py", "--hang=35", *options, "--", *run, *train]
     (folder / name).mkdir(exist_ok=True)
     with open(folder / name / "said.log", "ab") as log:
@@ -87,20 +76,6 @@ def end(supervisors, workdir):
 
 def said(workdir):
     return (workdir / "said.log").read_text()
-
-
-def ranks(workdir):
-    """{rank: its process} of the run that is at work there."""
-    found = {}
-    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
-        try:
-            ours = str(workdir) in (path.parent / "cmdline").read_text()
-            told = dict(x.partition("=")[::2] for x in path.read_text().split("\0"))
-        except OSError:
-            continue
-        if ours and "VIDGEN_PROCESS" in told:
-            found[int(told["VIDGEN_PROCESS"])] = int(path.parent.name)
-    return found
 
 
 def reached(workdir, step, supervisors):
