@@ -7,10 +7,11 @@ Beside the table it writes `report.html`, one file with everything in it, and `l
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vidgen.config import ConfigError
 from vidgen.plain import plain
@@ -18,6 +19,9 @@ from vidgen.scaling import laws, table
 from vidgen.scaling.study import Study, study
 from vidgen.studio import law as pages
 from vidgen.studio import media
+
+if TYPE_CHECKING:
+    from vidgen.scaling.pods import Planned
 
 
 def run(
@@ -38,8 +42,9 @@ def run(
       output: directory of the report; the table's own unless given.
       loss: columns whose mean is the loss of a run.
       holdout: also fit without the largest budget, and predict it.
-      topology: v5p:8x8x8: the compute-optimal table gets days on it, by the estimates of `vidgen plan --abstract`.
-      family: config file with the sizes to estimate with; configs/dit_video.py unless given.
+      topology: v5p:8x8x8: the compute-optimal table is made for it: with the FLOPs that a token costs a family's sizes,
+        and days by the estimates of `vidgen plan --abstract`.
+      family: config file with these sizes; configs/dit_video.py unless given.
       price: of a chip-hour, in any currency; adds costs.
       seed: of the resampling that intervals come from.
 
@@ -63,8 +68,8 @@ def run(
     if topology:
         from vidgen.scaling import pods  # imports JAX
 
-        pod = pods.plan(topology, family, price, found.rows)
-        plans = [pod.of(row) for row in found.rows]
+        plans = pods.table(found.law, topology, family, price)
+        found = dataclasses.replace(found, rows=tuple(plan.optimal for plan in plans))
     folder = output or os.path.dirname(runs) or "."
     files = {"report": os.path.join(folder, "report.html"), "plot": os.path.join(folder, "law.svg")}
     media.write(files["report"], pages.report(found, _title(runs, loss), topology, plans).encode())
@@ -74,7 +79,7 @@ def run(
         print(path)
     facts = found.facts()
     if plans:
-        facts["optimal"] = [row | plan for row, plan in zip(facts["optimal"], plans, strict=True)]
+        facts["optimal"] = [row | plan.facts() for row, plan in zip(facts["optimal"], plans, strict=True)]
     return plain(facts | files | {"topology": topology or None})
 
 
@@ -83,7 +88,7 @@ def _title(runs: str, loss: Sequence[str]) -> str:
     return os.path.basename(runs) + ("" if tuple(loss) == ("loss",) else f", the mean of {', '.join(loss)}")
 
 
-def summary(found: Study, topology: str, plans: list[dict[str, Any]]) -> str:
+def summary(found: Study, topology: str, plans: Sequence[Planned]) -> str:
     """What the terminal shows."""
     law, p = found.law, found.law.powers
     lines = [f"{pages.equation(law)}   ({len(found.runs)} runs, which scatter about it by {p.spread:.2%})"]
@@ -97,5 +102,6 @@ def summary(found: Study, topology: str, plans: list[dict[str, Any]]) -> str:
     if rows:
         lines += ["", "compute-optimal, by the law (* more than 100 times beyond the largest run):"]
         lines += ["  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+        lines.append(f"  {pages.token_price(found, plans)}")
     lines += [f"warning: {warning}" for warning in found.warnings]
     return "\n".join(lines)

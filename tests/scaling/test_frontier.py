@@ -8,7 +8,7 @@ import pytest
 
 from vidgen import plan
 from vidgen.config import ConfigError
-from vidgen.scaling import frontier, laws, pods
+from vidgen.scaling import budgets, frontier, laws, pods
 from vidgen.scaling.frontier import Cost
 
 COST = Cost(14.0, 0.95, 6.0)
@@ -64,34 +64,51 @@ def test_a_law_without_a_term_has_no_table_and_its_sizes_stay_finite(gone):
     assert fitted.absent == ["AB"[i - 1] for i in gone] and frontier.table(fitted, COST) == []
 
 
-def row(flops, parameters):
-    return frontier.Optimal(flops, parameters, flops / parameters / 6, 0.1, {}, 1000.0)
+@pytest.fixture(scope="module")
+def law():
+    return laws.fit(planted.sweep(), draws=20)
 
 
-def test_days_and_cost_are_those_of_the_plan(capsys):
-    wanted = row(1e24, 7e9)
-    found = pods.plan("v5p:8x8x8", price=2.0, near=[wanted]).of(wanted)
-    facts = plan.run(pods.configs.load(f"{pods.FAMILY}:7b"), "v5p:8x8x8", price=2.0, abstract=True)
-    assert found["preset"] == "7b" and found["mfu"] == pytest.approx(facts["predicted_mfu"])
-    seconds = 1e24 / (facts["flops_per_step"] / facts["predicted_step_seconds"])
-    assert found["chips"] == 512 and found["days"] == pytest.approx(seconds / 86400)
-    assert found["cost"] == pytest.approx(2 * 512 * seconds / 3600) and found["note"] == ""
+@pytest.fixture(scope="module")
+def planned(law):
+    return pods.table(law, "v5p:8x8x8", price=2.0)
 
 
-def test_what_the_family_does_not_have_is_said():
-    pod = pods.plan("v5p:8x8x8", near=[row(1e13, 3e4), row(1e26, 3e11)])
-    assert "larger" in pod.of(row(1e13, 3e4))["note"] and "smaller" in pod.of(row(1e26, 3e11))["note"]
-    small = pods.plan("v5e:2x2", near=[row(1e22, 1.3e10)])
-    assert "times a device's memory" in small.of(row(1e22, 1.3e10))["note"]
+def test_on_a_pod_a_token_costs_what_it_costs_the_family(law, planned):
+    assert [plan.optimal.flops for plan in planned] == frontier.decades(law)
+    for plan in planned:
+        size = budgets.size_of(pods.configs.load(f"{pods.FAMILY}:{plan.preset}"))
+        each = size.flops / size.tokens / size.parameters
+        # The FLOPs of a row are those of its parameters and tokens, attention over the size's own clips counted.
+        assert plan.optimal.flops == pytest.approx(each * plan.optimal.parameters * plan.optimal.tokens)
+        assert plan.optimal == frontier.optimal(law, Cost(each, 1.0, each), plan.optimal.flops)
+        assert plan.optimal.over_6nd == pytest.approx(each / 6)
+    assert planned[-1].optimal.over_6nd > 1.4  # a minute of video is not a row of sixteen tokens
 
 
-def test_a_family_says_which_sizes_it_has(tmp_path):
+def test_days_and_cost_are_those_of_the_plan(planned):
+    plan_ = planned[-1]
+    facts = plan.run(pods.configs.load(f"{pods.FAMILY}:{plan_.preset}"), "v5p:8x8x8", price=2.0, abstract=True)
+    assert plan_.mfu == pytest.approx(facts["predicted_mfu"])
+    seconds = 1e25 / (facts["flops_per_step"] / facts["predicted_step_seconds"])
+    assert plan_.chips == 512 and plan_.days == pytest.approx(seconds / 86400)
+    assert plan_.cost == pytest.approx(2 * 512 * seconds / 3600)
+
+
+def test_what_the_family_does_not_have_is_said(planned, law):
+    assert "larger" in planned[0].note and planned[0].preset == "5m"
+    small = pods.table(law, "v5e:2x2")
+    assert "times a device's memory there" in small[-1].note
+    assert small[-1].cost is None and planned[-1].facts()["preset"] == planned[-1].preset
+
+
+def test_a_family_says_which_sizes_it_has(law):
     with pytest.raises(ConfigError, match="expected a config file with a dict SIZES"):
-        pods.plan("v5p:8x8x8", family="configs/quickstart.py")
+        pods.table(law, "v5p:8x8x8", family="configs/quickstart.py")
     with pytest.raises(ConfigError, match="no such file; did you mean configs/dit_video.py"):
-        pods.plan("v5p:8x8x8", family="configs/dit_vidio.py")
+        pods.table(law, "v5p:8x8x8", family="configs/dit_vidio.py")
     with pytest.raises(ConfigError, match="v5p"):
-        pods.plan("v5p:3x3")
+        pods.table(law, "v5p:3x3")
 
 
 def test_flops_that_are_proportional_to_the_parameters_have_a_frontier():

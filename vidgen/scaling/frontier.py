@@ -56,8 +56,13 @@ class Optimal:
         """Whether this is far outside of what was measured."""
         return self.times_beyond > FAR
 
+    @property
+    def over_6nd(self) -> float:
+        """FLOPs over 6ND."""
+        return self.flops / (6 * self.parameters * self.tokens)
+
     def facts(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"extrapolated": self.far}
+        return dataclasses.asdict(self) | {"extrapolated": self.far, "flops_over_6nd": self.over_6nd}
 
 
 def cost(runs: Sequence[Run]) -> Cost:
@@ -117,9 +122,14 @@ def optimal(law: Law, c: Cost, flops: float) -> Optimal:
     return Optimal(float(flops), float(n), float(d), float(loss), intervals, float(flops / largest))
 
 
-def table(law: Law, c: Cost) -> list[Optimal]:
-    """A row each power of ten, from the runs' least FLOPs to 10^25; none where the law has lost a term, see `Law`."""
+def decades(law: Law) -> list[float]:
+    """Powers of ten from the runs' least FLOPs to 10^25; none where the law has lost a term, see `Law`."""
     if law.absent:
         return []
     first = math.ceil(math.log10(min(r.flops for r in law.runs)) - 1e-9)
-    return [optimal(law, c, float(f"1e{p}")) for p in range(min(first, LAST), LAST + 1)]
+    return [float(f"1e{p}") for p in range(min(first, LAST), LAST + 1)]
+
+
+def table(law: Law, c: Cost) -> list[Optimal]:
+    """A row for each of `decades`."""
+    return [optimal(law, c, flops) for flops in decades(law)]

@@ -1,11 +1,10 @@
-"""Chips, days and cost of a training run of so many FLOPs, by a plan's estimate of the nearest size of a family."""
+"""What to train on a pod: the law's frontier for a family of configs, with chips, days and cost by a plan's estimates."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from vidgen import config as configs
@@ -13,84 +12,104 @@ from vidgen.config import ConfigError
 from vidgen.planning import arithmetic, layout
 from vidgen.planning.hardware import Topology, parse_topology
 from vidgen.planning.memory import HEADROOM
-from vidgen.scaling.budgets import size_of
-from vidgen.scaling.frontier import Optimal
+from vidgen.scaling import frontier
+from vidgen.scaling.budgets import Size, size_of
+from vidgen.scaling.frontier import Cost, Optimal
+from vidgen.scaling.laws import Law
 
 FAMILY = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(__file__))), "configs", "dit_video.py")
 ALIKE = 2.0  # factor in parameters within which a size of the family stands for another
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
-    """A size of the family on the topology; `mfu` is None where its step doesn't divide over the devices: see `note`.
+class Planned:
+    """A row of the frontier on a topology.
 
     Attributes:
-      parameters: counted as the sweep counts them.
-      mfu: estimated, useful FLOPs over the peak.
-      flops_per_second: useful ones, of all chips.
+      optimal: at the price of a token that the family's nearest size has, attention over its own clips counted: what
+        the sweep's runs paid says little, since their clips are shorter.
+      preset: that size.
+      mfu: estimated, useful FLOPs over the peak; None where its step doesn't divide over the devices, as are `days` and
+        `cost`.
+      note: what is to be said about it.
     """
 
-    name: str
-    parameters: float
+    optimal: Optimal
+    preset: str
+    chips: int
     mfu: float | None
-    flops_per_second: float | None
+    days: float | None
+    cost: float | None
     note: str
 
-
-@dataclasses.dataclass(frozen=True)
-class Pod:
-    """The sizes of a family on a topology. `price`: of a chip-hour, or None."""
-
-    topology: Topology
-    family: str
-    members: tuple[Member, ...]
-    price: float | None
-
-    def of(self, row: Optimal) -> dict[str, Any]:
-        """Chips, days, cost of a row of the frontier, of the nearest size and what is to be said about it."""
-        member = min(self.members, key=lambda m: abs(math.log(m.parameters / row.parameters)))
-        found = {"preset": member.name, "mfu": member.mfu, "chips": self.topology.chips, "days": None, "cost": None}
-        notes = [member.note] if member.note else []
-        if (far := max(member.parameters / row.parameters, row.parameters / member.parameters)) > ALIKE:
-            side = "smaller" if member.parameters < row.parameters else "larger"
-            notes.append(f"nearest size is {far:,.3g} times {side}")
-        if member.flops_per_second:
-            found["days"] = row.flops / member.flops_per_second / 86400
-            if self.price is not None:
-                found["cost"] = self.price * self.topology.chips * 24 * found["days"]
-        return found | {"note": "; ".join(notes)}
+    def facts(self) -> dict[str, Any]:
+        """What --json has beside `optimal`."""
+        found = dataclasses.asdict(self)
+        del found["optimal"]
+        return found
 
 
-def plan(topology: str, family: str = "", price: float | None = None, near: Sequence[Optimal] = ()) -> Pod:
-    """Estimates the sizes of a family that are nearest to some row, by arithmetic alone: nothing is compiled.
+def table(law: Law, topology: str, family: str = "", price: float | None = None) -> list[Planned]:
+    """`frontier.table` for the sizes of a family on a topology, by arithmetic alone: nothing is compiled.
 
     Args:
       family: a config file with a dict SIZES of the args that it takes; configs/dit_video.py unless given.
+      price: of a chip-hour, or None.
 
     Raises ConfigError for a topology or family that can't be read, and where no size runs there.
     """
     where, family = parse_topology(topology), family or FAMILY
     loaded = {name: configs.load(f"{family}:{name}") for name in sizes(family)}
-    counts = {name: size_of(c).parameters for name, c in loaded.items()}
-    wanted = {min(counts, key=lambda m: abs(math.log(counts[m] / row.parameters))) for row in near} or set(counts)
-    members = tuple(_member(name, counts[name], loaded[name], where) for name in counts if name in wanted)
-    if not any(m.mfu for m in members):
-        raise ConfigError(
-            f"--topology={topology}: no size of {family} runs there; {members[0].name}: {members[0].note}"
-        )
-    return Pod(where, family, members, price)
+    counted = {name: size_of(c) for name, c in loaded.items()}
+    chosen = [nearest(law, flops, counted) for flops in frontier.decades(law)]
+    speeds = {name: _speed(name, loaded[name], where) for name in {name for name, _ in chosen}}
+    if chosen and not any(speed.mfu for speed in speeds.values()):
+        name, speed = next(iter(speeds.items()))
+        raise ConfigError(f"--topology={topology}: no size of {family} runs there; {name}: {speed.note}")
+    return [_planned(row, name, counted[name], speeds[name], where, price) for name, row in chosen]
 
 
-def _member(name: str, parameters: float, config: Any, where: Topology) -> Member:
+def nearest(law: Law, flops: float, family: dict[str, Size]) -> tuple[str, Optimal]:
+    """(size of the family, what the law says at its price of a token): the size nearest to its own optimum."""
+
+    def optimal(size: Size) -> Optimal:
+        each = size.flops / size.tokens / size.parameters
+        return frontier.optimal(law, Cost(each, 1.0, each), flops)
+
+    rows = {name: optimal(size) for name, size in family.items()}
+    name = min(rows, key=lambda name: abs(math.log(rows[name].parameters / family[name].parameters)))
+    return name, rows[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Speed:
+    """Of a size's step on the topology: useful FLOPs a second of all chips; None where it doesn't divide over them."""
+
+    mfu: float | None
+    flops_per_second: float | None
+    note: str
+
+
+def _speed(name: str, config: Any, where: Topology) -> _Speed:
     try:
         config, _ = layout.placed(config, where)
         found = arithmetic.estimate(config, where)
         held = sum(arithmetic.memory_parts(config, where).values())
     except ConfigError as e:
-        return Member(name, parameters, None, None, str(e))
+        return _Speed(None, None, str(e))
     short = held > HEADROOM * where.chip.hbm_bytes
     note = f"{name} takes {held / where.chip.hbm_bytes:.1f} times a device's memory there" if short else ""
-    return Member(name, parameters, found.roofline.mfu, found.flops.useful / found.roofline.step_s, note)
+    return _Speed(found.roofline.mfu, found.flops.useful / found.roofline.step_s, note)
+
+
+def _planned(row: Optimal, name: str, size: Size, speed: _Speed, where: Topology, price: float | None) -> Planned:
+    notes = [speed.note] if speed.note else []
+    if (far := max(size.parameters / row.parameters, row.parameters / size.parameters)) > ALIKE:
+        side = "smaller" if size.parameters < row.parameters else "larger"
+        notes.append(f"nearest size is {far:,.3g} times {side}")
+    days = speed.flops_per_second and row.flops / speed.flops_per_second / 86400
+    cost = None if days is None or price is None else price * where.chips * 24 * days
+    return Planned(row, name, where.chips, speed.mfu, days, cost, "; ".join(notes))
 
 
 def sizes(family: str) -> list[str]:

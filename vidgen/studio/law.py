@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,16 +17,19 @@ from vidgen.studio import page, panels
 from vidgen.studio.panels import Line, Panel, Points
 from vidgen.training.metrics import si
 
+if TYPE_CHECKING:
+    from vidgen.scaling.pods import Planned
+
 SHARES = ("all_right", "accuracy")  # how columns of judged shares end
 GREEK = {"alpha": "α", "beta": "β"}
 
 
-def report(found: Study, name: str, topology: str = "", plans: Sequence[Mapping[str, Any]] = ()) -> str:
+def report(found: Study, name: str, topology: str = "", plans: Sequence[Planned] = ()) -> str:
     """A whole HTML page.
 
     Args:
       name: of the table.
-      topology, plans: what `pods.Pod.of` gives for each row of the compute-optimal table, or nothing.
+      topology, plans: what `pods.table` gives for each row of the compute-optimal table, or nothing.
     """
     parts = [
         panels.PAGE_STYLE,
@@ -85,24 +88,29 @@ def findings(found: Study) -> list[str]:
         if some.transfer:
             lines.append(some.transfer.verdict)
     times = frontier.over_6nd(found.runs)
-    lines.append(
-        f"FLOPs as counted are {_factor(times.min())} to {_factor(times.max())} times 6ND; the frontier takes the "
-        f"runs' own C = {found.cost.factor:.3g} · N^{found.cost.exponent:.3f} · D, and {found.cost.least:.3g}ND where "
-        "that is more."
-    )
+    lines.append(f"FLOPs of the runs as counted are {_factor(times.min())} to {_factor(times.max())} times 6ND.")
     return lines
+
+
+def token_price(found: Study, plans: Sequence[Planned] = ()) -> str:
+    """What the compute-optimal table takes a token to cost."""
+    if plans:
+        return "A token costs the FLOPs that it costs the size named last, attention over that size's clips counted."
+    cost = found.cost
+    return (
+        f"A token costs what it cost the runs, {cost.factor:.3g} · N^{cost.exponent:.3f} FLOPs, and {cost.least:.3g}N "
+        "where that is more; longer clips cost more, see --topology."
+    )
 
 
 def _factor(value: float) -> str:
     return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.2g}"
 
 
-def optimal_rows(
-    found: Study, topology: str = "", plans: Sequence[Mapping[str, Any]] = ()
-) -> tuple[list[str], list[list[str]]]:
+def optimal_rows(found: Study, topology: str = "", plans: Sequence[Planned] = ()) -> tuple[list[str], list[list[str]]]:
     """(head, rows) of the compute-optimal table; rows far beyond the runs have a *."""
     head = ["FLOPs", "N", "95 %", "D", "95 %", "loss", "95 %", "C/6ND"]
-    priced = any(plan["cost"] is not None for plan in plans)
+    priced = any(plan.cost is not None for plan in plans)
     head += ([f"days on {topology}", "MFU"] + ["cost"] * priced + ["estimated as"]) if plans else []
     rows = []
     for i, row in enumerate(found.rows):
@@ -110,16 +118,15 @@ def optimal_rows(
         for name, show in (("parameters", si), ("tokens", si), ("loss", "{:.4g}".format)):
             low, high = row.intervals[name]
             cells += [show(getattr(row, name)), f"{show(low)} to {show(high)}"]
-        cells.append(_factor(float(found.cost.over_6nd(row.parameters))))
+        cells.append(_factor(row.over_6nd))
         if plans:
             plan = plans[i]
-            days = plan["days"]
             cells += [
-                "–" if days is None else f"{days:.3g}" if days >= 0.01 else "<0.01",
-                f"{plan['mfu']:.0%}" if plan["mfu"] else "–",
+                "–" if plan.days is None else f"{plan.days:.3g}" if plan.days >= 0.01 else "<0.01",
+                f"{plan.mfu:.0%}" if plan.mfu else "–",
             ]
-            cells += [si(plan["cost"]) if plan["cost"] is not None else "–"] * priced
-            cells.append(plan["preset"] + (f" ({plan['note']})" if plan["note"] else ""))
+            cells += [si(plan.cost) if plan.cost is not None else "–"] * priced
+            cells.append(plan.preset + (f" ({plan.note})" if plan.note else ""))
         rows.append(cells)
     return head, rows
 
@@ -330,7 +337,7 @@ def _optima(some: Optima) -> str:
     return page.section(what.capitalize(), verdict, page.card(panels.draw(shown), page.table(head, rows)))
 
 
-def _optimal(found: Study, topology: str, plans: Sequence[Mapping[str, Any]]) -> str:
+def _optimal(found: Study, topology: str, plans: Sequence[Planned]) -> str:
     head, rows = optimal_rows(found, topology, plans)
     title = "What to train with more compute"
     if not rows:
@@ -338,11 +345,11 @@ def _optimal(found: Study, topology: str, plans: Sequence[Mapping[str, Any]]) ->
         return page.section(title, page.missing(f"{gone} went to 0, so that the law knows no best size: see above."))
     note = (
         "N counts what the table's column parameters counts. * is more than 100 times beyond the largest run: there "
-        "the law is a guess, and its intervals only say how surely the runs determine it if it holds."
+        "the law is a guess, and its intervals only say how surely the runs determine it if it holds. "
+        f"{token_price(found, plans)}"
     )
     if plans:
-        chips = plans[0]["chips"]
-        note += f" Days on {chips} chips, by the estimate of the nearest size of the family; nothing was compiled."
+        note += f" Days on {plans[0].chips} chips, by the estimate of that size; nothing was compiled."
     return page.section(title, page.card(page.table(head, rows)), _note([note]))
 
 
