@@ -75,24 +75,24 @@ def planned(law):
 
 
 def test_on_a_pod_a_token_costs_what_it_costs_the_family(law, planned):
-    assert [plan.optimal.flops for plan in planned] == frontier.decades(law)
-    for plan in planned:
-        size = budgets.size_of(pods.configs.load(f"{pods.FAMILY}:{plan.preset}"))
+    assert [row.optimal.flops for row in planned] == frontier.decades(law)
+    for row in planned:
+        size = budgets.size_of(pods.configs.load(f"{pods.FAMILY}:{row.preset}"))
         each = size.flops / size.tokens / size.parameters
         # The FLOPs of a row are those of its parameters and tokens, attention over the size's own clips counted.
-        assert plan.optimal.flops == pytest.approx(each * plan.optimal.parameters * plan.optimal.tokens)
-        assert plan.optimal == frontier.optimal(law, Cost(each, 1.0, each), plan.optimal.flops)
-        assert plan.optimal.over_6nd == pytest.approx(each / 6)
+        assert row.optimal.flops == pytest.approx(each * row.optimal.parameters * row.optimal.tokens)
+        assert row.optimal == frontier.optimal(law, Cost(each, 1.0, each), row.optimal.flops)
+        assert row.optimal.over_6nd == pytest.approx(each / 6)
     assert planned[-1].optimal.over_6nd > 1.4  # a minute of video is not a row of sixteen tokens
 
 
 def test_days_and_cost_are_those_of_the_plan(planned):
-    plan_ = planned[-1]
-    facts = plan.run(pods.configs.load(f"{pods.FAMILY}:{plan_.preset}"), "v5p:8x8x8", price=2.0, abstract=True)
-    assert plan_.mfu == pytest.approx(facts["predicted_mfu"])
+    last = planned[-1]
+    facts = plan.run(pods.configs.load(f"{pods.FAMILY}:{last.preset}"), "v5p:8x8x8", price=2.0, abstract=True)
+    assert last.mfu == pytest.approx(facts["predicted_mfu"])
     seconds = 1e25 / (facts["flops_per_step"] / facts["predicted_step_seconds"])
-    assert plan_.chips == 512 and plan_.days == pytest.approx(seconds / 86400)
-    assert plan_.cost == pytest.approx(2 * 512 * seconds / 3600)
+    assert last.chips == 512 and last.days == pytest.approx(seconds / 86400)
+    assert last.cost == pytest.approx(2 * 512 * seconds / 3600)
 
 
 def test_what_the_family_does_not_have_is_said(planned, law):

@@ -93,13 +93,15 @@ def fit(runs: Sequence[Run], seed: int = 0) -> Profiles:
     rng = np.random.default_rng(seed)
     profiles, inside = [], []
     for budget, (minimum, line) in found.items():
-        intervals, x, log_tokens = None, None, None
+        intervals, x, log_tokens, between = None, None, None, None
         if noise is not None:
             x, y = minimum.draws(noise, DRAWS, rng)
             log_tokens = np.polyval(line, x)
             low, high = interval(np.stack([x, log_tokens, y], axis=1), freedom)
             names = ("parameters", "tokens", "loss")
             intervals = {name: (math.exp(low[i]), math.exp(high[i])) for i, name in enumerate(names)}
+            between = float(low[0]), float(high[0])
+        minimum = minimum.bracketed(between)
         profiles.append(
             Profile(
                 budget,

@@ -122,10 +122,11 @@ def fit(runs: Sequence[Run], setting: str, seed: int = 0) -> Optima | None:
         if noise is not None:
             draws.append(minimum.draws(noise, DRAWS, rng)[0])
             low, high = interval(draws[-1], freedom)
-            between = math.exp(low), math.exp(high)
+            between = float(low), float(high)
+        minimum = minimum.bracketed(between)
         optima.append(
-            Optimum(parameters, budget, some[0].width, math.exp(minimum.x), math.exp(minimum.y), between, minimum,
-                    tuple(some))
+            Optimum(parameters, budget, some[0].width, math.exp(minimum.x), math.exp(minimum.y),
+                    between and (math.exp(low), math.exp(high)), minimum, tuple(some))
         )  # fmt: skip
 
     def law(x: Callable[[Optimum], float], which: Sequence[int] | None = None) -> Power | None:

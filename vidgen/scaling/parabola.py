@@ -12,6 +12,7 @@ from vidgen.scaling.powers import interval
 
 REACH = math.log(8)  # a parabola is only good near the minimum: points within this of the lowest, and
 LEAST = 4  # so many of the nearest, however far
+FAR = math.log(1000)  # beyond what was tried, where a minimum that may lie anywhere is put
 EDGES = {"": "", "low": "the smallest tried is the best", "high": "the largest tried is the best",
          "flat": "no minimum: the points don't bend upwards"}  # fmt: skip
 
@@ -25,6 +26,7 @@ class Minimum:
       covariance: [3,3] f64: of the coefficients, for noise of standard deviation 1 in y.
       origin: of u.
       span: (least, most) x that the parabola was fitted to.
+      lowest: x of the lowest point.
       squares: sum of squared residuals; `freedom`: points less 3.
       edge: a key of EDGES: "" where the minimum lies inside the span.
     """
@@ -33,6 +35,7 @@ class Minimum:
     covariance: np.ndarray
     origin: float
     span: tuple[float, float]
+    lowest: float
     squares: float
     freedom: int
     edge: str
@@ -40,7 +43,7 @@ class Minimum:
     @property
     def x(self) -> float:
         """The minimum; the end of the span that is lower, where there is none inside."""
-        return float(self._at(self.coefficients))
+        return float(np.clip(self._at(self.coefficients), *self.span))
 
     @property
     def y(self) -> float:
@@ -52,19 +55,32 @@ class Minimum:
         return c[0] + c[1] * u + c[2] * u**2
 
     def _at(self, c: np.ndarray) -> np.ndarray:
-        """Minima of coefficients [...,3], held within the span."""
-        low, high = self.span[0] - self.origin, self.span[1] - self.origin
+        """Minima of coefficients [...,3], held within FAR of the span; where there is none, beyond the lower end."""
+        low, high = self.span[0] - self.origin - FAR, self.span[1] - self.origin + FAR
         with np.errstate(divide="ignore", invalid="ignore"):
             u = -c[..., 1] / (2 * c[..., 2])
         end = np.where(c[..., 1] * (high - low) + c[..., 2] * (high**2 - low**2) < 0, high, low)
         return self.origin + np.clip(np.where(c[..., 2] > 0, u, end), low, high)
 
     def draws(self, noise: float, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(x, y) [count] of minima, with y's noise of this standard deviation. Minima stay within the span."""
+        """(x, y) [count] of minima, with y's noise of this standard deviation: x also beyond the span, where noise may
+        have put what lies there; y of the part that was tried.
+        """
         c = rng.multivariate_normal(self.coefficients, self.covariance * noise**2, size=count, method="eigh")
         x = self._at(c)
-        u = x - self.origin
+        u = np.clip(x, *self.span) - self.origin
         return x, c[:, 0] + c[:, 1] * u + c[:, 2] * u**2
+
+    def bracketed(self, between: tuple[float, float] | None) -> Minimum:
+        """The same, at an edge where the lowest point is the last one that was tried, unless the 95 % interval of the
+        minimum's x says that it lies further inside all the same.
+        """
+        low, high = between or (-math.inf, math.inf)
+        if not self.edge and self.lowest == self.span[0] and low <= self.span[0]:
+            return dataclasses.replace(self, edge="low")
+        if not self.edge and self.lowest == self.span[1] and high >= self.span[1]:
+            return dataclasses.replace(self, edge="high")
+        return self
 
 
 def fit(x: np.ndarray, y: np.ndarray) -> Minimum | None:
@@ -90,7 +106,7 @@ def fit(x: np.ndarray, y: np.ndarray) -> Minimum | None:
         edge = "low" if at < span[0] else "high"
     else:
         edge = ""
-    return Minimum(c, np.linalg.inv(powers.T @ powers), origin, span, squares, len(x) - 3, edge)
+    return Minimum(c, np.linalg.inv(powers.T @ powers), origin, span, float(lowest), squares, len(x) - 3, edge)
 
 
 def noise(minima: Sequence[Minimum]) -> tuple[float | None, int]:

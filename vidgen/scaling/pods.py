@@ -1,4 +1,4 @@
-"""What to train on a pod: the law's frontier for a family of configs, with chips, days and cost by a plan's estimates."""
+"""What to train on a pod: the law's frontier for a family of configs, with chips, days and cost as a plan estimates."""
 
 from __future__ import annotations
 
