@@ -16,7 +16,7 @@ import pytest
 from vidgen import config as configs
 from vidgen import sweep, sweep_run, train
 from vidgen.config import ConfigError
-from vidgen.scaling import jobset, manifest
+from vidgen.scaling import budgets, jobset, manifest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ENVIRONMENT = os.environ | {"PYTHONPATH": ROOT, "JAX_PLATFORMS": "cpu"}
@@ -174,19 +174,68 @@ def test_real_runs_are_trained_judged_and_tabled(tmp_path, tiny):
 
 @pytest.mark.parametrize("loss", [None, float("nan"), float("inf")])
 def test_a_run_without_a_finite_loss_has_failed(tmp_path, tiny, monkeypatch, loss):
-    config = tmp_path / "tiny.py"
-    config.write_text(
-        "from vidgen import config\n\n\ndef get_config(arg=''):\n"
-        f"    return config.from_json({configs.to_json(tiny)!r})\n"
-    )
     row = {"step": 6, "tokens_seen": 100.0, "seconds_per_step": 0.1, "heldout_loss": loss}
     monkeypatch.setattr(sweep_run.train, "run", lambda *_: train.Result(6, "", {}))
     monkeypatch.setattr(sweep_run.metrics, "read", lambda _: [row])
     one = manifest.Run("a", {"train.steps": 6}, {}, ())
-    plan = manifest.Manifest(str(config), ("moving_shapes",), 2, (one,))
+    plan = manifest.Manifest("c.py", json.loads(configs.to_json(tiny)), ("moving_shapes",), 2, (one,))
     found = sweep_run.measured(plan, one, str(tmp_path / "run"))
     assert found["status"] == "failed" and found["error"] == f"held-out loss is {loss} after step 6"
     assert found["steps"] == 6 and found["parameters"] > 0
+
+
+def test_a_run_that_cannot_be_judged_keeps_its_loss(tmp_path, tiny, monkeypatch):
+    def refused(*_, **__):
+        raise ConfigError("no such extra")
+
+    row = {"step": 6, "tokens_seen": 100.0, "seconds_per_step": 0.1, "heldout_loss": 0.5, "skipped_steps": 2}
+    monkeypatch.setattr(sweep_run.train, "run", lambda *_: train.Result(6, "", {}))
+    monkeypatch.setattr(sweep_run.metrics, "read", lambda _: [row])
+    monkeypatch.setattr(sweep_run.evaluate, "run", refused)
+    one = manifest.Run("a", {"train.steps": 6}, {}, ())
+    plan = manifest.Manifest("c.py", json.loads(configs.to_json(tiny)), ("moving_shapes",), 2, (one,))
+    found = sweep_run.measured(plan, one, str(tmp_path / "run"))
+    assert found["status"] == "failed" and found["error"] == "--suite moving_shapes: ConfigError: no such extra"
+    assert found["loss"] == 0.5 and found["skipped_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"runs": "seed"}, "str 's': expected a point, settings by their keys, or a space of points"),
+        ({"runs": 3}, "int 3: expected a point"),
+        ({"runs": (), "base": [1]}, "int 1: expected a point"),
+        ({"runs": (), "suites": "moving_shapes"}, r"suites='moving_shapes'\): expected several names"),
+        ({"runs": (), "prompts": "144"}, r"prompts='144'\): expected a whole number"),
+        ({"runs": (), "options": 60}, r"options=60\): expected options by their names"),
+    ],
+)
+def test_slips_in_a_sweeps_file_are_told(given, says):
+    with pytest.raises(ConfigError, match=says):
+        sweep.Sweep("c.py", **given)
+
+
+def test_sizes_at_budgets_are_handed_on_by_their_runs():
+    found = budgets.at_budgets(os.path.join(ROOT, "configs/quickstart.py"), {"model.layers": 1}, [1e14])
+    with pytest.raises(ConfigError, match="Budgeted.*expected a point.*its runs are one: .runs"):
+        sweep.Sweep("c.py", found)
+    assert sweep.Sweep("c.py", found.runs, notes=found.left_out).runs
+    with pytest.raises(ConfigError, match="at_budgets: no sizes"):
+        budgets.at_budgets("configs/quickstart.py", (), [1e14])
+
+
+def test_runs_to_be_made_stand_in_the_table_with_what_they_will_cost(made):
+    command, output = made([0, 1])
+    plan = sweep.planned(sweep.load(os.path.join(os.path.dirname(output), "swept.py")))
+    manifest.write(output, plan)
+    sweep.write_results(output)
+    rows = table(output)
+    assert rows.keys() == {"seed0", "seed1"} and all(row["status"] == "pending" for row in rows.values())
+    config = configs.load(os.path.join(ROOT, "configs/quickstart.py"))
+    size = budgets.size_of(config)
+    assert float(rows["seed0"]["parameters"]) == size.parameters
+    assert float(rows["seed0"]["tokens"]) == pytest.approx(size.tokens * config.train.steps)
+    assert float(rows["seed0"]["flops"]) == pytest.approx(size.flops * config.train.steps)
 
 
 def test_a_sweep_that_changed_keeps_what_is_there_and_counts_what_it_has(made, capsys):

@@ -23,6 +23,8 @@ from vidgen.studio import media
 if TYPE_CHECKING:
     from vidgen.scaling.pods import Planned
 
+SHOWN = 6  # names in a line of the summary; the report has all
+
 
 def run(
     runs: str,
@@ -96,6 +98,14 @@ def summary(found: Study, topology: str, plans: Sequence[Planned]) -> str:
         low, high = law.intervals[name]
         lines.append(f"  {name:<6} {value:<9.4g} 95 %: {low:.4g} to {high:.4g}")
     lines += [f"  {text}" for text in pages.findings(found)]
+    for one in found.predicted:
+        low, high = one.interval
+        lines.append(
+            f"  To be made: {one.run.name}, for which the law predicts {one.loss:.4g} ({low:.4g} to {high:.4g})."
+        )
+    if beaten := [run.name for run in found.excluded if not run.lost]:
+        shown = ", ".join(beaten[:SHOWN]) + (f" and {len(beaten) - SHOWN} more" * (len(beaten) > SHOWN))
+        lines.append(f"  Left out: {len(beaten)} runs that others with a better learning rate or batch beat: {shown}.")
     head, rows = pages.optimal_rows(found, topology, plans)
     cells = [list(map(str, row)) for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]

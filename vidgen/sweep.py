@@ -57,6 +57,16 @@ class Sweep:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        """Raises ConfigError for what is of another type: sweeps are written by hand."""
+        chain(self.runs, self.base)
+        if not isinstance(self.options, Mapping):
+            raise ConfigError(f"Sweep(options={self.options!r}): expected options by their names, as {{'time': 120}}")
+        if isinstance(self.suites, str) or not all(isinstance(x, str) for x in self.suites):
+            raise ConfigError(f"Sweep(suites={self.suites!r}): expected several names, as in suites=('moving_shapes',)")
+        if isinstance(self.prompts, bool) or not isinstance(self.prompts, int):
+            raise ConfigError(f"Sweep(prompts={self.prompts!r}): expected a whole number")
+
 
 class Launcher(Protocol):
     """What starts jobs somewhere, and knows them by their handles.
@@ -112,7 +122,7 @@ def run(
     for note in asked.notes:
         print(f"left out: {note}")
     if dry_run:
-        print(table.costs([row(output, run) | cost(plan, run) for run in plan.runs]))
+        print(table.costs([row(output, run) | run.cost for run in plan.runs]))
         return counted(output, plan)
     jobs = launched(launcher, width, asked.options)
     with only_one(output), StopSignal() as stop:
@@ -149,23 +159,36 @@ def planned(sweep: Sweep) -> Manifest:
         raise ConfigError(f"the sweep expands to {len(points):,} runs; expected at most {MOST:,}")
     runs = manifest.expand(tuple(product(sweep.base, point)[0] for point in points))
     same: dict[str, str] = {}  # whole config → name of its run
+    costs = {}
     for one in runs:
         try:
             config = configs.load(sweep.config, one.settings)
             train.check(config)
-            budgets.check(config)
+            size = budgets.size_of(config)
         except ConfigError as e:
             raise ConfigError(f"run {one.name}: {e}") from None
         if (other := same.setdefault(configs.to_json(config), one.name)) != one.name:
             raise ConfigError(f"runs {other} and {one.name} are the same run; expected each once")
+        steps = config.train.steps
+        costs[one.name] = {
+            "parameters": size.parameters,
+            "tokens": size.tokens * steps,
+            "flops": size.flops * steps,
+            "steps": steps,
+        }
     # What varies is said by every run, also where it is as in the config: a table has no gaps then.
     plain = configs.load(sweep.config)
     runs = tuple(
-        dataclasses.replace(one, settings={key: operator.attrgetter(key)(plain) for key in one.varied} | one.settings)
+        dataclasses.replace(
+            one,
+            settings={key: operator.attrgetter(key)(plain) for key in one.varied} | one.settings,
+            cost=costs[one.name],
+        )
         for one in runs
     )
     path, colon, arg = sweep.config.partition(":")
-    return Manifest(os.path.abspath(path) + colon + arg, tuple(sweep.suites), sweep.prompts, runs)
+    base = json.loads(configs.to_json(plain))
+    return Manifest(os.path.abspath(path) + colon + arg, base, tuple(sweep.suites), sweep.prompts, runs)
 
 
 def _check_suites(sweep: Sweep) -> None:
@@ -300,23 +323,11 @@ def _keep(output: str, launcher: str, handles: Mapping[str, str]) -> None:
     media.write(os.path.join(output, JOBS), json.dumps(kept, indent=1).encode())
 
 
-def cost(plan: Manifest, one: Run) -> dict[str, Any]:
-    """Parameters, tokens, FLOPs and steps that a run will have."""
-    config = configs.load(plan.config, one.settings)
-    size, steps = budgets.size_of(config), config.train.steps
-    return {
-        "parameters": size.parameters,
-        "tokens": size.tokens * steps,
-        "flops": size.flops * steps,
-        "steps": steps,
-    }
-
-
 def row(output: str, one: Run) -> dict[str, Any]:
-    """Of a run, as the results have it; what is not known yet is left out."""
+    """Of a run, as the results have it: before it has ended, with what it will cost."""
     found = manifest.result(output, one.name) or {"status": "pending", "error": ""}
     first = {"name": one.name, "status": found.pop("status"), "error": found.pop("error", "")}
-    return first | found | one.labels | {key: one.settings[key] for key in one.varied if key in one.settings}
+    return first | one.cost | found | one.labels | {key: one.settings[key] for key in one.varied if key in one.settings}
 
 
 def place(output: str, name: str, running: bool) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from vidgen import config as configs
 from vidgen import evaluate, train
 from vidgen.config import ConfigError
 from vidgen.scaling import budgets, manifest
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> int:
             found = measured(sweep, run, manifest.workdir(folder, name))
         except Exception as e:  # whatever ends a run is its result
             traceback.print_exc()
-            found = {"status": "failed", "error": " ".join(f"{type(e).__name__}: {e}".split())[:500]}
+            found = {"status": "failed", "error": one_line(e)}
         if found["status"] == "stopped":
             return 128 + signal.Signals[found["by"]]
         path = os.path.join(manifest.workdir(folder, name), manifest.RESULT)
@@ -56,9 +55,10 @@ def measured(sweep: Manifest, run: Run, workdir: str) -> dict[str, Any]:
     """Trains and judges; the figures, or "stopped" "by" a signal that came first.
 
     A run whose loss is not finite has failed; what it is worth otherwise is its held-out loss at the last step,
-    the mean over the noise levels; `loss/level_0` and so on are the loss at each.
+    the mean over the noise levels; `loss/level_0` and so on are the loss at each. One that can't be judged has failed
+    too, and keeps its loss.
     """
-    config = configs.load(sweep.config, run.settings)
+    config = manifest.config_of(sweep, run)
     size = budgets.size_of(config)
     config.train.eval_every = config.train.steps  # the loss that the sweep is about
     ended = train.run(config, workdir)
@@ -72,6 +72,8 @@ def measured(sweep: Manifest, run: Run, workdir: str) -> dict[str, Any]:
         "loss": rows[-1].get("heldout_loss"),
         "steps": config.train.steps,
         "seconds": seconds(rows),
+        "skipped_steps": rows[-1].get("skipped_steps"),
+        "unreadable_clips": rows[-1].get("unreadable_clips"),
     } | {f"loss/{key.partition('/')[2]}": value for key, value in rows[-1].items() if key.startswith("heldout_loss/")}
     if not manifest.finite(figures["loss"]):
         return {
@@ -80,9 +82,18 @@ def measured(sweep: Manifest, run: Run, workdir: str) -> dict[str, Any]:
         } | figures
     for suite in sweep.suites:
         takes = "prompts" in evaluate.SUITES[suite].flags
-        found = evaluate.run(workdir, suite, **({"prompts": sweep.prompts} if takes else {}))
+        try:
+            found = evaluate.run(workdir, suite, **({"prompts": sweep.prompts} if takes else {}))
+        except Exception as e:  # the loss stands all the same, and another try needs only to judge
+            traceback.print_exc()
+            return {"status": "failed", "error": f"--suite {suite}: {one_line(e)}"} | figures
         figures |= {f"{suite}.{key}": value for key, value in numbers(found).items()}
     return {"status": "done", "error": ""} | figures
+
+
+def one_line(e: Exception) -> str:
+    """What a table says of an error."""
+    return " ".join(f"{type(e).__name__}: {e}".split())[:500]
 
 
 def seconds(rows: list[Mapping[str, Any]]) -> float | None:

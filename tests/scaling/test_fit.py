@@ -41,6 +41,22 @@ def test_from_a_table_to_a_report(tmp_path, capsys):
     assert "moving_shapes.all_right against compute" in page
 
 
+def test_runs_are_predicted_before_they_are_made(tmp_path, capsys):
+    path = planted.write(tmp_path / "runs.csv", planted.sweep(), status=["done"] * 30, skipped_steps=[0] * 29 + [5],
+                         steps=[100] * 30)  # fmt: skip
+    n, d = 3e6, 1e9
+    with open(path, "a") as f:
+        f.write(f"next,{n},{d},,,,pending,,\n")
+    facts, text = call(capsys, f"--runs={path}")
+    (found,) = facts["predicted"]
+    assert found["name"] == "next" and found["parameters"] == n
+    low, high = found["interval"]
+    assert low < found["loss"] < high and low < planted.loss(planted.LAW, n, d) < high
+    assert f"To be made: next, for which the law predicts {found['loss']:.4g}" in text
+    assert facts["excluded"] == [] and "next" in (tmp_path / "report.html").read_text()
+    assert "updates were skipped" in text and "c3e+14-5 (5%)" in text
+
+
 def test_the_largest_budget_is_predicted_without_it(tmp_path, capsys):
     runs = planted.sweep()
     path = planted.write(tmp_path / "runs.csv", runs)
@@ -94,11 +110,14 @@ def test_learning_rates_are_studied_and_only_the_best_runs_fitted(tmp_path, caps
         for rate, worse in ((1e-3, 1.05), (2e-3, 1.0), (4e-3, 1.05)):
             runs.append(r.__class__(f"{r.name}-{rate}", r.parameters, r.tokens, r.flops, r.loss * worse, r.budget))
             rates.append(rate)
-    facts, _ = call(capsys, f"--runs={planted.write(tmp_path / 'runs.csv', runs, learning_rate=rates)}")
+    facts, text = call(capsys, f"--runs={planted.write(tmp_path / 'runs.csv', runs, learning_rate=rates)}")
     assert facts["runs"] == 12 and len(facts["excluded"]) == 24
     assert all("better learning rate" in e["reason"] for e in facts["excluded"])
     assert [o["value"] for o in facts["learning_rate"]["optima"]] == pytest.approx([2e-3] * 12, rel=0.02)
     assert not [w for w in facts["warnings"] if "not in the fit" in w]
+    assert (
+        "Left out: 24 runs that others with a better learning rate or batch beat: c" in text and "and 18 more" in text
+    )
     assert "Learning rate" in (tmp_path / "report.html").read_text()
 
 

@@ -6,11 +6,13 @@ import json
 import numpy as np
 import pytest
 
+from vidgen import config as configs
 from vidgen.config import ConfigError
 from vidgen.scaling import manifest
 from vidgen.scaling.algebra import param, product
 from vidgen.scaling.manifest import Manifest, expand
 
+BASE = json.loads(configs.to_json(configs.base()))
 SPACE = product({"train.steps": 5}, param("model.width", (32, 64)), param("optimizer.lr", (1e-3, 0.01)))
 
 
@@ -51,7 +53,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_a_folder_keeps_to_one_sweep(tmp_path):
-    folder, whole = str(tmp_path), Manifest("a.py", ("moving_shapes",), 8, expand(SPACE))
+    folder, whole = str(tmp_path), Manifest("a.py", BASE, ("moving_shapes",), 8, expand(SPACE))
     manifest.write(folder, whole)
     assert manifest.read(folder) == whole
     # Fewer runs: what the others found stays in the table.
@@ -59,6 +61,15 @@ def test_a_folder_keeps_to_one_sweep(tmp_path):
     assert {run.name for run in manifest.read(folder).runs} == {run.name for run in whole.runs}
     with pytest.raises(ConfigError, match="prompts=8.*not 16"):
         manifest.write(folder, dataclasses.replace(whole, prompts=16))
+    # A config that was edited since: its runs would not be like those that are done.
+    edited = json.loads(json.dumps(BASE))
+    edited["rows"]["count"] = 99
+    with pytest.raises(ConfigError, match=r"began with config.rows.count=\d+, and a.py has 99 now"):
+        manifest.write(folder, dataclasses.replace(whole, base=edited))
+    edited = json.loads(json.dumps(BASE))
+    edited["model"]["width"] = 999  # which every run sets
+    manifest.write(folder, dataclasses.replace(whole, base=edited))
+    assert manifest.config_of(whole, whole.runs[0]).model.width == whole.runs[0].settings["model.width"]
     changed = tuple(dataclasses.replace(run, settings=run.settings | {"seed": 1}) for run in whole.runs)
     with pytest.raises(ConfigError, match="width32-lr0.001 has other settings"):
         manifest.write(folder, dataclasses.replace(whole, runs=changed))

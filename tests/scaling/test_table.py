@@ -79,6 +79,25 @@ def test_runs_that_cannot_be_fitted_are_told_with_their_reason(tmp_path):
     }  # fmt: skip
 
 
+def test_runs_to_be_made_are_no_losses(tmp_path):
+    head = [*HEAD, "status"]
+    found = table.read(write(tmp_path, head, [*ROW, "done"], ["next", "400", "9000", "2e7", "", "pending"]))
+    assert found.wanted == (table.Wanted("next", 400, 9000),) and found.excluded == ()
+    with pytest.raises(ConfigError, match=r"row 2 \(next\), column tokens: '9k': expected a number above 0"):
+        table.read(write(tmp_path, head, [*ROW, "done"], ["next", "400", "9k", "", "", "pending"]))
+
+
+def test_only_runs_of_the_same_settings_beat_one_another(tmp_path):
+    head = [*HEAD, "optimizer.lr", "model.heads", "train.steps", "moving_shapes.all_right"]
+    rows = [["a", *ROW[1:4], "0.5", "0.1", "2", "10", ".2"], ["b", *ROW[1:4], "0.6", "0.2", "2", "10", ".1"],
+            ["c", *ROW[1:4], "0.7", "0.1", "4", "11", ".3"], ["d", *ROW[1:4], "0.8", "0.2", "4", "11", ".4"]]  # fmt: skip
+    found = table.best_settings(table.read(write(tmp_path, head, *rows)))
+    assert [r.name for r in found.runs] == ["a", "c"]  # as large, and as long, but with other heads
+    assert [e.reason for e in found.excluded] == [
+        "a is the same run with a better learning rate or batch", "c is the same run with a better learning rate or batch"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("rows", "says"),
     [

@@ -82,7 +82,14 @@ def labels_of(point: Point) -> dict[str, Any]:
 
 
 def _space(space: Space | Point) -> Space:
-    return (space,) if isinstance(space, Mapping) else tuple(space)
+    points = (space,) if isinstance(space, Mapping) else tuple(space) if isinstance(space, Iterable) else (space,)
+    if wrong := [point for point in points if not isinstance(point, Mapping)]:
+        hint = "; its runs are one: .runs" if hasattr(space, "runs") else ""
+        raise ConfigError(
+            f"{type(wrong[0]).__name__} {repr(wrong[0])[:60]}: expected a point, settings by their keys, or a space of "
+            f"points, as param('seed', (0, 1)) makes one{hint}"
+        )
+    return points
 
 
 def _merged(what: str, points: Iterable[Point]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from vidgen.planning import mix
 from vidgen.planning.flops import step_flops
 from vidgen.planning.parameters import parameters, text_tables
 from vidgen.scaling import manifest
-from vidgen.scaling.algebra import LABEL, Point, Space, product, settings_of
+from vidgen.scaling.algebra import LABEL, Point, Space, chain, product, settings_of
 from vidgen.tokenizers import base as tokenizers
 
 
@@ -87,7 +87,9 @@ def at_budgets(
     """
     if not budgets or any(not 0 < b < math.inf for b in budgets):
         raise ConfigError(f"budgets {tuple(budgets)}: expected FLOPs, one or more numbers above 0")
-    points = [dict(product(base or {}, size)[0]) for size in sizes]
+    if not chain(sizes):
+        raise ConfigError("at_budgets: no sizes; expected at least one point")
+    points = [dict(product(base or {}, size)[0]) for size in chain(sizes)]
     costs = [size_of(configs.load(config, settings_of(point))) for point in points]
     names = _names(points, costs)
     runs: list[dict[str, Any]] = []
@@ -107,7 +109,7 @@ def at_budgets(
                     f"not {steps[0]:,} to {steps[1]:,}"
                 )
         if len(runs) == before:
-            nearest = min(wanted, key=lambda n: max(steps[0] - n, n - steps[1])) if wanted else 0
+            nearest = min(wanted, key=lambda n: max(steps[0] - n, n - steps[1]))
             raise ConfigError(
                 f"budget {budget:.3g} FLOPs: no size meets it in {steps[0]:,} to {steps[1]:,} steps; the nearest "
                 f"would take {nearest:,}"

@@ -18,6 +18,7 @@ NAMES = ("E", "A", "B", "alpha", "beta")
 LEAST = len(NAMES) + 1  # runs
 FEW, DECADES = 8, 1.0  # runs, and powers of ten of FLOPs, below which a fit says little
 LINE = 0.985  # correlation of log N and log D from which on they are one number
+LEFT_OUT = 0.01  # share of a run's updates that were skipped, above which it is told
 UNITS = 100.0  # times 6ND, or 6ND so many times: beyond, FLOPs aren't in the units of the other columns
 OUTLIER, NOISY = 5.0, 0.03  # spreads of a residual; spread of log loss
 WIDE = 1.0  # width of an exponent's interval over its value; of E's over the lowest loss, see `_wide`
@@ -99,7 +100,7 @@ def warnings(law: Law) -> list[str]:
             "fewer than two budgets have runs of three sizes: add sizes at equal FLOPs, so that profiles with a "
             "minimum show what the law should reproduce"
         )
-    found += _wide(law) + _amiss(runs)
+    found += _wide(law) + _amiss(runs) + _skipped(runs)
     residuals = np.abs(p.residuals)
     far = max(OUTLIER * p.spread, 1e-4)  # losses are written down with some five digits
     names = [f"{r.name} ({math.expm1(e):+.1%})" for r, e in zip(runs, p.residuals, strict=True) if abs(e) > far]
@@ -111,6 +112,15 @@ def warnings(law: Law) -> list[str]:
             f"trained alike; the farthest is {runs[int(residuals.argmax())].name}"
         )
     return found
+
+
+def _skipped(runs: Sequence[Run]) -> list[str]:
+    """A warning of runs that were trained on less than their tokens say."""
+    shares = {r.name: r.figures.get("skipped_steps", 0) / r.figures.get("steps", math.inf) for r in runs}
+    many = [f"{name} ({share:.0%})" for name, share in shares.items() if share > LEFT_OUT]
+    return [f"updates were skipped, so that runs learned from fewer tokens than counted: {', '.join(many)}"] * bool(
+        many
+    )
 
 
 def _amiss(runs: Sequence[Run]) -> list[str]:

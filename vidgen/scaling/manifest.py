@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 from collections import Counter
@@ -17,7 +18,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from vidgen import config as configs
 from vidgen import secrets
 from vidgen.config import ConfigError
 from vidgen.scaling.algebra import LABEL, Space, labels_of, settings_of
@@ -27,7 +30,8 @@ NAME = 80  # characters of a name made of settings; a longer one is cut, with a 
 LONGEST = 200  # of one that the sweep gives: file systems take 255, with what is put behind it
 RESULT = "result.json"
 # Columns that the results have by themselves; a label of that name would stand in their place.
-OWN = ("status", "error", "parameters", "tokens", "flops", "loss", "steps", "seconds")
+OWN = ("status", "error", "parameters", "tokens", "flops", "loss", "steps", "seconds", "skipped_steps",
+       "unreadable_clips")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +43,14 @@ class Run:
       settings: by dotted key, on top of the sweep's config.
       labels: columns of the results that are no settings.
       varied: the keys among `settings` in which runs of the sweep differ.
+      cost: parameters, tokens, flops and steps that it will have.
     """
 
     name: str
     settings: dict[str, Any]
     labels: dict[str, Any]
     varied: tuple[str, ...]
+    cost: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +58,14 @@ class Manifest:
     """A sweep's runs and what they have in common.
 
     Attributes:
-      config: FILE or FILE:arg that all start from.
+      config: FILE or FILE:arg that all start from; `base`: what it held, as JSON has it.
       suites: of `vidgen evaluate`, for each run when it is trained.
       prompts: clips that those judge.
       runs: all of them.
     """
 
     config: str
+    base: dict[str, Any]
     suites: tuple[str, ...]
     prompts: int
     runs: tuple[Run, ...]
@@ -114,15 +121,28 @@ def short(settings: Mapping[str, Any]) -> str:
     return f"{name[: NAME - 9]}-{digest}"
 
 
+def config_of(manifest: Manifest, run: Run) -> ConfigDict:
+    """A run's own, of what the config was when the sweep was planned; raises ConfigError."""
+    return configs.override(configs.from_json(json.dumps(manifest.base)), run.settings)
+
+
 def write(folder: str, manifest: Manifest) -> None:
     """DIR/manifest.json, in one move.
 
-    Raises ConfigError where another sweep lies there: other suites, or a run of the same name with other settings or
-    of the same settings with another name.
+    Raises ConfigError where another sweep lies there: other suites, a config that has been edited since, or a run of
+    the same name with other settings or of the same settings with another name.
     """
     path = os.path.join(folder, "manifest.json")
     if os.path.exists(path):
         old = read(folder)
+        then, now = (configs.from_json(json.dumps(held.base)) for held in (old, manifest))
+        for key in configs.difference(then, now):
+            if any(key not in run.settings for run in manifest.runs):
+                was, is_ = (operator.attrgetter(key)(held) for held in (then, now))
+                raise ConfigError(
+                    f"{path}: the sweep began with config.{key}={was!r}, and {manifest.config} has {is_!r} now; its "
+                    "runs would not be alike: take another --output"
+                )
         for field in ("config", "suites", "prompts"):
             if getattr(old, field) != getattr(manifest, field):
                 raise ConfigError(

@@ -14,7 +14,16 @@ from vidgen.scaling.holdout import Holdout
 from vidgen.scaling.isoflop import Profiles
 from vidgen.scaling.laws import Law
 from vidgen.scaling.optima import Optima
-from vidgen.scaling.table import Excluded, Run, Table
+from vidgen.scaling.table import Excluded, Run, Table, Wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the law says of a run before it is made; `interval`: 95 %, of the law, without the noise of a run."""
+
+    run: Wanted
+    loss: float
+    interval: tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +34,7 @@ class Study:
       runs: that the law is fitted to; `all_runs`: those that a better learning rate or batch surpasses, too.
       excluded: what is not fitted.
       optima: of the settings that were varied, by name.
+      predicted: the runs that are still to be made.
       held: None where it wasn't asked for, or there is too little; then `warnings` say so.
       rows: of the compute-optimal table.
     """
@@ -35,6 +45,7 @@ class Study:
     law: Law
     profiles: Profiles
     optima: dict[str, Optima]
+    predicted: tuple[Prediction, ...]
     held: Holdout | None
     cost: Cost
     rows: tuple[Optimal, ...]
@@ -46,6 +57,9 @@ class Study:
         return self.law.facts() | {
             "runs": len(self.runs),
             "excluded": [{"name": e.name, "reason": e.reason} for e in self.excluded],
+            "predicted": [
+                dataclasses.asdict(p.run) | {"loss": p.loss, "interval": list(p.interval)} for p in self.predicted
+            ],
             "holdout": self.held and self.held.facts(),
             "isoflop": self.profiles.facts(),
             **{setting: found.facts() for setting, found in self.optima.items()},
@@ -89,7 +103,15 @@ def study(found: Table, *, hold_out: bool = True, seed: int = 0) -> Study:
             held = made
     cost = frontier.cost(best.runs)
     rows = tuple(frontier.table(law, cost))
-    return Study(best.runs, found.runs, best.excluded, law, profiles, tried, held, cost, rows, tuple(warnings))
+    predicted = tuple(_prediction(law, run) for run in best.wanted)
+    return Study(
+        best.runs, found.runs, best.excluded, law, profiles, tried, predicted, held, cost, rows, tuple(warnings)
+    )
+
+
+def _prediction(law: Law, run: Wanted) -> Prediction:
+    low, high = law.between(run.parameters, run.tokens)
+    return Prediction(run, float(law.loss(run.parameters, run.tokens)), (float(low), float(high)))
 
 
 def _lost(found: Table) -> list[str]:

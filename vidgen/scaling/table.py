@@ -10,12 +10,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vidgen import config as configs
 from vidgen.config import ConfigError
 
 REQUIRED = ("parameters", "tokens", "flops", "loss")
 RATES = ("learning_rate", "optimizer.lr", "optimizer.muon_lr")  # the first that varies is the learning rate
 BATCHES = ("batch", "rows.count")
 WIDTHS = ("width", "model.width")
+FOLLOWING = ("train.steps", "optimizer.warmup", "seed")  # settings that follow from others, or are drawn
 ALIKE = 1.05  # factor within which runs of a budget have seen the same tokens: steps are whole numbers
 NEAR = 1.2  # factor within which runs without a column `budget` have the same: 10 % to either side
 
@@ -29,6 +31,7 @@ class Run:
       budget: nominal FLOPs of the runs it belongs with, or None.
       learning_rate, batch, width: or None; batch in tokens (or rows) a step.
       figures: other columns that hold numbers.
+      settings: what else its config was given, (key, value as text): runs that differ there are not the same run.
     """
 
     name: str
@@ -41,6 +44,16 @@ class Run:
     batch: float | None = None
     width: float | None = None
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    settings: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A run that has not been made yet, which a law predicts: `parameters` and `tokens` are known."""
+
+    name: str
+    parameters: float
+    tokens: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +67,11 @@ class Excluded:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The runs of a file, in its order, and those that can't be used."""
+    """The runs of a file, in its order, those that can't be used, and those that are still to be made."""
 
     runs: tuple[Run, ...]
     excluded: tuple[Excluded, ...]
+    wanted: tuple[Wanted, ...] = ()
 
 
 def read(path: str, loss: Sequence[str] = ("loss",)) -> Table:
@@ -68,8 +82,9 @@ def read(path: str, loss: Sequence[str] = ("loss",)) -> Table:
       loss: columns whose mean is what is fitted, as ("loss/level_0", "loss/level_1"): the loss at some noise levels.
 
     Columns `parameters`, `tokens`, `flops`, `loss` are required; `name`, `status`, `error`, `budget`, `learning_rate`
-    (or `optimizer.lr`, `optimizer.muon_lr`), `batch` (or `rows.count`), `width` (or `model.width`) are understood. Runs
-    whose status is not done, or whose loss is missing or not finite, are `excluded`.
+    (or `optimizer.lr`, `optimizer.muon_lr`), `batch` (or `rows.count`), `width` (or `model.width`) are understood, and
+    keys of a config as settings. Runs whose status is pending are `wanted`; those that failed, or whose loss is missing
+    or not finite, are `excluded`.
 
     Raises ConfigError for a file that can't be read, a missing column, text or a number that is not above 0 where a
     count belongs, and two runs of one name.
@@ -91,13 +106,18 @@ def read(path: str, loss: Sequence[str] = ("loss",)) -> Table:
             raise ConfigError(f"{path}: rows {first[name]} and {i} are both named {name!r}")
     rate = _varying(rows, RATES)
     figures = [c for c in columns if c not in (*REQUIRED, "name", "status", "error") and _numeric(rows, c)]
-    runs, excluded = [], []
+    keys = configs.base().keys()  # model.layers is a setting, moving_shapes.all_right is not
+    apart = [c for c in columns if c.partition(".")[0] in keys and c not in (*RATES, *BATCHES, *WIDTHS, *FOLLOWING)]
+    runs, excluded, wanted = [], [], []
     for i, (name, row) in enumerate(zip(names, rows, strict=True), 1):
-        if reason := _unusable(path, i, row):
+        if _to_be_made(row):
+            wanted.append(Wanted(name, *(_count(path, i, name, row, c) for c in ("parameters", "tokens"))))
+        elif reason := _unusable(path, i, row):
             excluded.append(Excluded(name, reason))
         else:
-            runs.append(_run(path, i, name, row, rate, figures))
-    return Table(tuple(runs), tuple(excluded))
+            settings = tuple((c, str(row[c])) for c in apart if not _empty(row[c]))
+            runs.append(_run(path, i, name, row, rate, figures, settings))
+    return Table(tuple(runs), tuple(excluded), tuple(wanted))
 
 
 def best_settings(table: Table) -> Table:
@@ -107,9 +127,10 @@ def best_settings(table: Table) -> Table:
     """
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run, budget in zip(table.runs, budget_of(table.runs), strict=True):
-        like = [key for key in groups if key[:2] == (run.parameters, budget)]
-        key = next((k for k in like if max(k[2] / run.tokens, run.tokens / k[2]) <= ALIKE), None)
-        groups.setdefault(key or (run.parameters, budget, run.tokens), []).append(run)
+        own = run.parameters, budget, run.settings
+        like = [key for key in groups if key[:3] == own]
+        key = next((k for k in like if max(k[3] / run.tokens, run.tokens / k[3]) <= ALIKE), None)
+        groups.setdefault(key or (*own, run.tokens), []).append(run)
     excluded = list(table.excluded)
     for runs in groups.values():
         settings: dict[tuple[Any, ...], list[Run]] = {}
@@ -119,7 +140,7 @@ def best_settings(table: Table) -> Table:
         reason = f"{best[0].name} is the same run with a better learning rate or batch"
         excluded += [Excluded(r.name, reason, lost=False) for r in runs if r not in best]
     gone = {e.name for e in excluded}
-    return Table(tuple(r for r in table.runs if r.name not in gone), tuple(excluded))
+    return Table(tuple(r for r in table.runs if r.name not in gone), tuple(excluded), table.wanted)
 
 
 def budget_of(runs: Sequence[Run]) -> list[float]:
@@ -213,6 +234,12 @@ def _mean(path: str, row: int, cells: Mapping[str, Any], columns: Sequence[str])
     return sum(values) / len(values)
 
 
+def _to_be_made(cells: Mapping[str, Any]) -> bool:
+    """Whether nothing is wrong with a run but that it has not been made."""
+    known = not any(_empty(cells[c]) for c in ("parameters", "tokens"))
+    return known and str(cells.get("status") or "").lower() == "pending"
+
+
 def _unusable(path: str, row: int, cells: Mapping[str, Any]) -> str:
     """Why a run can't be fitted, or ""."""
     status, error = str(cells.get("status") or "done").lower(), str(cells.get("error") or "")
@@ -226,23 +253,36 @@ def _unusable(path: str, row: int, cells: Mapping[str, Any]) -> str:
     return "" if math.isfinite(loss) else f"loss is {loss}"
 
 
-def _run(path: str, row: int, name: str, cells: Mapping[str, Any], rate: str | None, figures: Sequence[str]) -> Run:
+def _count(path: str, row: int, name: str, cells: Mapping[str, Any], column: str) -> float:
+    """Above 0; raises ConfigError."""
+    value = _float(cells[column])
+    if value is None or not 0 < value < math.inf:
+        shown = "nothing" if _empty(cells[column]) else repr(cells[column])
+        plain = ", without commas and units" if value is None and any(c.isdigit() for c in shown) else ""
+        raise ConfigError(f"{path}, row {row} ({name}), column {column}: {shown}: expected a number above 0{plain}")
+    return value
+
+
+def _run(
+    path: str,
+    row: int,
+    name: str,
+    cells: Mapping[str, Any],
+    rate: str | None,
+    figures: Sequence[str],
+    settings: tuple[tuple[str, str], ...],
+) -> Run:
     def number(column: str | None) -> float | None:
         """Above 0, or None where a column that isn't required has nothing."""
         if column is None or (column not in REQUIRED and _empty(cells.get(column))):
             return None
-        value = _float(cells[column])
-        if value is None or not 0 < value < math.inf:
-            shown = "nothing" if _empty(cells[column]) else repr(cells[column])
-            plain = ", without commas and units" if value is None and any(c.isdigit() for c in shown) else ""
-            raise ConfigError(f"{path}, row {row} ({name}), column {column}: {shown}: expected a number above 0{plain}")
-        return value
+        return _count(path, row, name, cells, column)
 
     batch, width = (next((number(c) for c in some if not _empty(cells.get(c))), None) for some in (BATCHES, WIDTHS))
     others = {c: _float(cells[c]) for c in figures if not _empty(cells[c])}
     required = {c: number(c) for c in REQUIRED}
     return Run(name, **required, budget=number("budget"), learning_rate=number(rate), batch=batch, width=width,
-               figures=others)  # fmt: skip
+               figures=others, settings=settings)  # fmt: skip
 
 
 def _numeric(rows: Sequence[Mapping[str, Any]], column: str) -> bool:

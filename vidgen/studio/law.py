@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ def report(found: Study, name: str, topology: str = "", plans: Sequence[Planned]
         _warnings(found),
         page.section("The law", _note(findings(found)), page.card(picture(found, alone=False)), _values(found.law)),
         _holdout(found),
+        _predicted(found),
         _profiles(found),
         *[_optima(some) for some in found.optima.values()],
         _optimal(found, topology, plans),
@@ -278,6 +280,18 @@ def _holdout(found: Study) -> str:
     ]  # fmt: skip
     head = ["run", "parameters", "predicted", "95 %", "measured", "error", f"of repeating {f['baseline']:.4g}"]
     return page.section("Predicted before they were seen", page.card(page.table(head, rows)))
+
+
+def _predicted(found: Study) -> str:
+    if not found.predicted:
+        return ""
+    rows = [
+        [p.run.name, si(p.run.parameters), si(p.run.tokens), p.loss, f"{p.interval[0]:.4g} to {p.interval[1]:.4g}"]
+        for p in found.predicted
+    ]
+    note = f"As of {datetime.date.today()}; when these runs are made, hold them against this."
+    head = ["run", "parameters", "tokens", "loss by the law", "95 %, without a run's noise"]
+    return page.section("Runs to be made", page.card(page.table(head, rows)), _note([note]))
 
 
 def _profiles(found: Study) -> str:
