@@ -89,13 +89,16 @@ def test_runs_to_be_made_are_no_losses(tmp_path):
 
 def test_only_runs_of_the_same_settings_beat_one_another(tmp_path):
     head = [*HEAD, "optimizer.lr", "model.heads", "train.steps", "moving_shapes.all_right"]
-    rows = [["a", *ROW[1:4], "0.5", "0.1", "2", "10", ".2"], ["b", *ROW[1:4], "0.6", "0.2", "2", "10", ".1"],
-            ["c", *ROW[1:4], "0.7", "0.1", "4", "11", ".3"], ["d", *ROW[1:4], "0.8", "0.2", "4", "11", ".4"]]  # fmt: skip
+    rows = [
+        ["a", *ROW[1:4], "0.5", "0.1", "2", "10", ".2"],
+        ["b", *ROW[1:4], "0.6", "0.2", "2", "10", ".1"],
+        ["c", *ROW[1:4], "0.7", "0.1", "4", "11", ".3"],
+        ["d", *ROW[1:4], "0.8", "0.2", "4", "11", ".4"],
+    ]
     found = table.best_settings(table.read(write(tmp_path, head, *rows)))
     assert [r.name for r in found.runs] == ["a", "c"]  # as large, and as long, but with other heads
-    assert [e.reason for e in found.excluded] == [
-        "a is the same run with a better learning rate or batch", "c is the same run with a better learning rate or batch"
-    ]  # fmt: skip
+    said = "{} is the same run with a better learning rate or batch"
+    assert [e.reason for e in found.excluded] == [said.format("a"), said.format("c")]
 
 
 @pytest.mark.parametrize(
