@@ -85,7 +85,7 @@ class Slurm:
 
     def stop(self, handle: str) -> None:
         """Takes a job off the queue, or asks what it runs to save and end, for good."""
-        with contextlib.suppress(ConfigError):  # it has ended, or comes again, and is alive then
+        with contextlib.suppress(ConfigError):  # it has ended; else it comes again, and is still alive for who waits
             told(["scontrol", "update", f"JobId={handle}", "Requeue=0"], HINT, pauses=())
         for which in ("--state=PENDING", "--signal=TERM"):
             try:
