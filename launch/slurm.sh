@@ -10,14 +10,17 @@
 #   PYTHON=…      the Python of the job; .venv/bin/python of the clone where there is one, else python3
 #
 # Five minutes before the time is up (--signal=USR1@SECONDS says otherwise) the run is asked to save; the job then goes
-# back to the queue, starts again by itself and goes on bit for bit. So does one that Slurm preempts or whose node fails.
+# back to the queue, starts again by itself and goes on bit for bit. So does one that Slurm preempts, which has the
+# partition's GraceTime to save, one that gets SIGTERM from anyone but --stop, and one whose node fails.
 # One whose processes die or hang starts again on the nodes that it has, by launch/supervise.py; one that was told to
-# stop, or that the user can mend, ends. The workdir must lie on a disk that all nodes see: WORKDIR/logs/rank-N.log are
-# the processes' logs, slurm-JOB.log the job's own, WORKDIR/slurm_job its number.
+# stop, that scancel JOB has cancelled, or that the user can mend, ends. The workdir must lie on a disk that all nodes
+# see: WORKDIR/logs/rank-N.log are the processes' logs, slurm-JOB.log the job's own, WORKDIR/slurm_job its number.
 # Where nodes can't be reached by their names, set JAX_COORDINATOR_ADDRESS=HOST:PORT.
 set -euo pipefail
 
-asked=138 # 128 + SIGUSR1: the exit status of a run that was asked to save, or hadn't come so far that it could be
+# 128 + SIGUSR1 or SIGTERM: the exit status of a run that was asked to save, or hadn't come so far that it could be. Slurm
+# sends the first before the time is up, the second when a job is preempted or cancelled, as --stop does.
+asked=' 138 143 '
 
 say() { printf 'slurm.sh: %s\n' "$*" >&2; }
 fail() {
@@ -31,23 +34,26 @@ alive() { [ -n "$(squeue --noheader --jobs="$1" 2>/dev/null)" ]; }
 
 # in_job WORKDIR TOPOLOGY ROOT PYTHON COMMAND…: what the job runs, on its first node.
 in_job() {
-    local workdir=$1 topology=$2 root=$3 python=$4 status=0 before
+    local workdir=$1 topology=$2 root=$3 python=$4 status=0 facts='' before
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
     [ -z "$topology" ] || eval "$("$python" -m vidgen.planning.environment "$topology")"
     before=$(newest "$workdir")
     trap : TERM # Slurm tells this shell as well, which has to wait until all is saved
     "${@:5}" || status=$?
-    if [ "$status" != "$asked" ]; then
+    [[ $asked != *" $status "* ]] || facts=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+    # --stop sets Requeue=0. What was cancelled is not RUNNING, nor is what Slurm puts back by itself.
+    if [[ $facts != *' JobState=RUNNING '* || $facts != *' Requeue=1 '* ]]; then
         say "job $SLURM_JOB_ID ended with exit status $status"
         exit "$status"
     fi
-    if [ "$SECONDS" -lt 60 ] && [ "$(newest "$workdir")" = "$before" ]; then
+    # One that is preempted as soon as it starts is none that would be asked to end each time.
+    if [ "$SECONDS" -lt 60 ] && [ "$(newest "$workdir")" = "$before" ] && [[ $facts == *' PreemptTime=None '* ]]; then
         say "job $SLURM_JOB_ID was asked to end after $SECONDS s, before it had saved anything, and is not started again:" \
             "is --time well above the seconds of --signal=USR1@SECONDS?"
         exit "$status"
     fi
     say "job $SLURM_JOB_ID was asked to end, has saved, and goes back to the queue"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue incomplete "$SLURM_JOB_ID" # not one that is cancelled meanwhile, which it would bring back to life
 }
 
 if [ "${1:-}" = --in_job ]; then
@@ -114,7 +120,7 @@ run() { # prints in a dry run, else runs
         "$@"
     fi
 }
-for tool in sbatch squeue scancel; do
+for tool in sbatch squeue scancel scontrol; do
     [ -n "$dry" ] || command -v $tool >/dev/null || fail "$tool is not on PATH: is this a login node of a Slurm cluster?"
 done
 job=$(cat "$workdir/slurm_job" 2>/dev/null || true)
@@ -122,6 +128,7 @@ job=$(cat "$workdir/slurm_job" 2>/dev/null || true)
 if [ -n "$stop" ]; then
     [ -n "$job" ] || fail "$workdir/slurm_job: no such file; no job was started for this workdir by slurm.sh"
     [ -n "$dry" ] || alive "$job" || fail "$workdir: its job $job has ended already"
+    run scontrol update "JobId=$job" Requeue=0 || fail "$workdir: its job $job can't be kept from starting again, see above"
     run scancel --quiet --state=PENDING "$job" || ! alive "$job"
     # To the processes alone: they save, and the job ends by itself. Without a signal named they'd have KillWait seconds.
     run scancel --quiet --signal=TERM "$job" || ! alive "$job"

@@ -45,9 +45,12 @@ JobCompType=jobcomp/none
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=5
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP GraceTime=60
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -68,6 +71,11 @@ class Cluster:
         """Of what scontrol tells of a job: JobState, Restarts, …"""
         told = self("scontrol", "--oneliner", "show", "job", job)
         return next(word.split("=", 1)[1] for word in told.split() if word.startswith(f"{name}="))
+
+    def preempt(self, node: str) -> None:
+        """Takes a node from the jobs of the partition `all` that are on it, for a moment, when they have saved."""
+        where = ("--partition=urgent", f"--nodelist={node}", "--nodes=1", "--ntasks=4")
+        self("sbatch", *where, "--output=/dev/null", "--wrap=true")
 
     def wait(self, until, seconds: float, told) -> None:
         """Until `until()`; after so many seconds fails, saying `told()`."""

@@ -128,7 +128,8 @@ def stand_in(folder, body):
 
 
 def test_told_to_stop_a_job_saves_and_does_not_come_again(slurm, tmp_path):  # noqa: F811
-    waits = "trap 'echo saved; exit 143' TERM; echo ready; while :; do sleep 0.1; done"
+    saves = 'mkdir -p "${@: -1}/checkpoints/1"; echo saved; exit 143'  # its workdir is its last argument
+    waits = f"trap '{saves}' TERM; echo ready; while :; do sleep 0.1; done"
     env = slurm.environment | {"PYTHON": stand_in(tmp_path, waits)}
     w = tmp_path / "my run"
     assert sh("--nodes=2", "--", "train", "--workdir", w, env=env)[0] == 0
@@ -147,18 +148,46 @@ def test_told_to_stop_a_job_saves_and_does_not_come_again(slurm, tmp_path):  # n
     assert status == 2 and err == f"slurm.sh: error: {w}: its job {job} has ended already\n"
 
 
+def test_preempted_a_job_saves_and_comes_again_and_cancelled_it_does_not(slurm, tmp_path):  # noqa: F811
+    first = '[ -z "${SLURM_RESTART_COUNT:-}" ]'
+    waits = f"trap 'echo saved; exit 143' TERM; echo ready; while {first}; do sleep 0.1; done"
+    env = slurm.environment | {"PYTHON": stand_in(tmp_path, waits)}
+    jobs = {}
+    for name, node in (("preempted", "n1"), ("cancelled", "n2")):
+        assert sh(f"--nodelist={node}", "--", "train", "--workdir", tmp_path / name, env=env)[0] == 0
+        jobs[name] = (tmp_path / name / "slurm_job").read_text().strip()
+
+    def own(name):  # lines of what ran, without Slurm's
+        log = tmp_path / name / "logs/rank-0.log"
+        return [line for line in log.read_text().split() if line in ("ready", "saved")] if log.exists() else []
+
+    def queue():
+        return "\n".join([slurm("squeue"), *(log.read_text() for log in tmp_path.glob("*/logs/*.log"))])
+
+    slurm.wait(lambda: all(own(name) for name in jobs), 20, queue)
+    slurm.preempt("n1")
+    slurm("scancel", jobs["cancelled"])
+    slurm.wait(lambda: not slurm("squeue", "-h", f"--jobs={','.join(jobs.values())}"), 40, queue)
+    assert own("preempted") == ["ready", "saved", "ready"] and own("cancelled") == ["ready", "saved"], queue()
+    states = [[slurm.fact(job, fact) for fact in ("JobState", "Restarts")] for job in jobs.values()]
+    assert states == [["COMPLETED", "1"], ["CANCELLED", "0"]]
+    logs = [(tmp_path / name / f"logs/slurm-{job}.log").read_text() for name, job in jobs.items()]
+    assert f"job {jobs['preempted']} was asked to end, has saved, and goes back to the queue" in logs[0]
+    assert f"job {jobs['cancelled']} ended with exit status 143" in logs[1]
+
+
 def test_what_fails_and_what_saves_nothing_is_not_started_again(slurm, tmp_path):  # noqa: F811
-    for status, says in (
-        (2, "ended with exit status 2"),
-        (138, "before it had saved anything, and is not started again"),
-    ):
-        env = slurm.environment | {"PYTHON": stand_in(tmp_path, f"exit {status}")}
-        w = tmp_path / str(status)
-        assert sh("--", "train", "--workdir", w, env=env)[0] == 0
-        job = (w / "slurm_job").read_text().strip()
+    nothing = "before it had saved anything, and is not started again"
+    jobs = {}
+    for status in (2, 138, 143):
+        (tmp_path / str(status)).mkdir()
+        env = slurm.environment | {"PYTHON": stand_in(tmp_path / str(status), f"exit {status}")}
+        assert sh("--", "train", "--workdir", tmp_path / str(status), env=env)[0] == 0
+        jobs[status] = (tmp_path / str(status) / "slurm_job").read_text().strip()
+    for (status, job), says in zip(jobs.items(), ("ended with exit status 2", nothing, nothing), strict=True):
         slurm.wait(lambda: slurm.fact(job, "JobState") == "FAILED", 20, lambda: slurm("scontrol", "show", "job", job))  # noqa: B023
         assert slurm.fact(job, "ExitCode") == f"{status}:0" and slurm.fact(job, "Restarts") == "0"
-        assert says in (w / f"logs/slurm-{job}.log").read_text()
+        assert says in (tmp_path / str(status) / f"logs/slurm-{job}.log").read_text()
 
 
 def test_what_sbatch_refuses_is_told(slurm, tmp_path):  # noqa: F811

@@ -18,16 +18,14 @@ from vidgen.config import ConfigError  # noqa: E402
 from vidgen.scaling import slurm as launcher  # noqa: E402
 
 WAITS = """\
-import pathlib, signal, sys, time
-there = pathlib.Path('attempts')
-there.write_text(there.read_text() + 'x' if there.exists() else 'x')
+import os, signal, sys, time
 def stop(number, frame):
     print('saved', number, flush=True)
-    sys.exit(75)
+    sys.exit(128 + number)
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGUSR1, stop)
 print('ready', flush=True)
-if there.read_text() == 'x':
+if 'SLURM_RESTART_COUNT' not in os.environ:
     time.sleep(60)
 print('done', flush=True)
 """
@@ -57,7 +55,8 @@ def test_jobs_are_started_seen_and_stopped(slurm, jobs, tmp_path):  # noqa: F811
     slurm.wait(lambda: says not in jobs.alive([says]), 40, lambda: slurm("squeue"))
     assert jobs.alive([says, waits, held, "4711"]) == {waits, held}
     assert read(tmp_path / "runs/says/log.txt").splitlines() == ["hello", "and bye"]
-    assert slurm.fact(says, "JobState") == "FAILED" and slurm.fact(waits, "JobName") == "waits"
+    assert slurm.fact(says, "JobState") == "FAILED" and slurm.fact(waits, "JobName").startswith("waits-")
+    assert jobs.start("waits", ["true"], "runs/waits") == waits  # which is there
     for handle in (waits, held, says):
         jobs.stop(handle)
     slurm.wait(lambda: not jobs.alive([waits, held]), 40, lambda: slurm("squeue"))
@@ -65,17 +64,29 @@ def test_jobs_are_started_seen_and_stopped(slurm, jobs, tmp_path):  # noqa: F811
     assert slurm.fact(held, "JobState") == "CANCELLED"
 
 
-def test_a_job_whose_time_is_up_saves_and_comes_again_under_its_number(slurm, jobs, tmp_path):  # noqa: F811
-    handle = jobs.start("long", [sys.executable, "-c", WAITS], "runs/long")
-    log = tmp_path / "runs/long/log.txt"
-    slurm.wait(lambda: "ready" in read(log), 40, lambda: slurm("squeue"))
-    slurm("scancel", "--signal=USR2", handle)  # as Slurm does, signal_delay_s before the end
-    slurm.wait(lambda: "saved" in read(log), 20, lambda: read(log))
-    while "done" not in read(log):
-        assert jobs.alive([handle]) == {handle}
-    slurm.wait(lambda: not jobs.alive([handle]), 20, lambda: slurm("squeue"))
-    assert read(log) == "ready\nsaved 10\nready\ndone\n"
-    assert slurm.fact(handle, "JobState") == "COMPLETED" and slurm.fact(handle, "Restarts") == "1"
+def test_a_job_whose_time_is_up_or_that_is_preempted_comes_again_under_its_number(slurm, jobs, tmp_path):  # noqa: F811
+    handles = {}
+    for name, node in (("long", "n2"), ("preempted", "n1"), ("cancelled", "n2")):
+        here = launcher.Slurm({"time": 30, "additional_parameters": {"nodelist": node}})
+        handles[name] = here.start(name, [sys.executable, "-c", WAITS], f"runs/{name}")
+    long, preempted, cancelled = handles.values()
+
+    def logs():
+        return [read(tmp_path / "runs" / name / "log.txt") for name in handles]
+
+    slurm.wait(lambda: all("ready" in log for log in logs()), 40, lambda: slurm("squeue"))
+    slurm("scancel", "--signal=USR2", long)  # as Slurm does, signal_delay_s before the end
+    slurm("scancel", cancelled)
+    slurm.preempt("n1")
+    slurm.wait(lambda: all("saved" in log for log in logs()), 20, lambda: str(logs()))
+    while not all("done" in log for log in logs()[:2]):
+        there = jobs.alive([long, preempted])
+        assert all(name in there or "done" in log for name, log in zip((long, preempted), logs()[:2], strict=True))
+    slurm.wait(lambda: not jobs.alive(handles.values()), 20, lambda: slurm("squeue"))
+    again = "ready\nsaved {}\nready\ndone\n"
+    assert logs() == [again.format(10), again.format(15), "ready\nsaved 15\n"]
+    facts = [(slurm.fact(handle, "JobState"), slurm.fact(handle, "Restarts")) for handle in handles.values()]
+    assert facts == [("COMPLETED", "1"), ("COMPLETED", "1"), ("CANCELLED", "0")]
 
 
 def test_a_sweep_is_brought_to_its_end_by_jobs(slurm, jobs, monkeypatch, tmp_path, capsys):  # noqa: F811
@@ -94,6 +105,33 @@ def test_a_sweep_is_brought_to_its_end_by_jobs(slurm, jobs, monkeypatch, tmp_pat
     assert json.loads((output / sweep.JOBS).read_text()) == {"launcher": "slurm", "jobs": {}}
 
 
+def test_of_a_driver_that_is_killed_before_it_notes_a_job_the_next_one_takes_it(slurm, jobs, monkeypatch, tmp_path):  # noqa: F811
+    job, file, output, go = (tmp_path / name for name in ("job.py", "swept.py", "out", "go"))
+    job.write_text(JOB.replace("time.sleep(1.0)", f"\n    while not os.path.exists({str(go)!r}): time.sleep(0.1)"))
+    text = SWEEP.format(config=str(TESTS.parent / "configs/quickstart.py"), seeds=[0])
+    file.write_text(text.replace("[0])", "[0]), options={'time': 30}"))
+    monkeypatch.setattr(sweep, "JOB", (str(job),))
+    monkeypatch.setattr(launcher.Slurm, "pause", 0.2)
+    start, handles = launcher.Slurm.start, []
+    monkeypatch.setattr(launcher.Slurm, "start", lambda *given: handles.append(start(*given)) or handles[-1])
+
+    class Killed(BaseException):
+        """Ends the driver where it stands."""
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(sweep, "_keep", kill)
+        sweep.run(str(file), str(output), launcher="slurm")
+    slurm.wait((output / "ledger").exists, 40, lambda: slurm("squeue"))
+    keep = sweep._keep
+    monkeypatch.setattr(sweep, "_keep", lambda *given: (keep(*given), go.touch()))
+    found = sweep.run(str(file), str(output), launcher="slurm", retries=0)
+    assert (found.done, found.failed) == (1, 0) and handles[0] == handles[1]
+    assert read(output / "ledger").split() == ["run"]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -102,6 +140,7 @@ def test_a_sweep_is_brought_to_its_end_by_jobs(slurm, jobs, monkeypatch, tmp_pat
         ({"time": 5, "zzz": 2}, "unknown 'zzz'; known are"),
         ({"time": 5, "nodes": 2}, "nodes=2: expected 1, since a run of a sweep is one process"),
         ({"time": 5, "additional_parameters": {"ntasks-per-node": 4}}, "ntasks-per-node=4: expected 1"),
+        ({"time": 5, "additional_parameters": ["--x"]}, "additional_parameters=.*: expected a dict"),
         ({"time": 5, "job_name": "a"}, "leave job_name out"),
         ({"time": 5, "setup": "module load cuda"}, "setup='module load cuda': expected a list of lines"),
     ],

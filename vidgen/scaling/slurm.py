@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import os
 import pathlib
 import re
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,15 +20,15 @@ from vidgen.scaling.commands import told
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HINT = "is this a login node of a Slurm cluster?"
-RESTARTS = 1000  # times that a job may use up its time and go on
+RESTARTS = 1000  # times that a job may use up its time, or be preempted, and go on
 SEVERAL = ("nodes", "ntasks", "ntasks_per_node")  # options that give a job more than one process
 
 
 class Slurm:
     """A launcher: submits jobs, knows which wait or run, stops them. A handle is a job's number.
 
-    A job outlives whoever submitted it. Before its time is up, or where Slurm announces that it is preempted, what it
-    runs is asked to save, and it goes back to the queue under the same number.
+    A job outlives whoever submitted it. Before its time is up what it runs is asked to save, and it goes back to the
+    queue under the same number; so does one that Slurm preempts, by SIGTERM, unless it was stopped or cancelled.
 
     Attributes:
       pause: seconds between looks at the queue, whose server is everybody's.
@@ -57,13 +59,21 @@ class Slurm:
         told(["squeue", "--version"], HINT, pauses=())
         setup = [f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"]
         self._options = {"stderr_to_stdout": True} | dict(options) | {"setup": [*setup, *options.get("setup", ())]}
+        # Some clusters let no job come again that doesn't say so.
+        self._options["additional_parameters"] = {"requeue": True, **options.get("additional_parameters", {})}
         self._executor(os.devnull)  # so that a wrong option is told before anything has begun
 
     def start(self, name: str, argv: Sequence[str], folder: str) -> str:
-        """Submits `argv` as a job, its output into FOLDER/log.txt; returns its number. Raises ConfigError."""
+        """Submits `argv` as a job, its output into FOLDER/log.txt; returns its number. Raises ConfigError.
+
+        One that is there for this folder is not submitted again: whoever did was killed before it had noted the number.
+        """
         folder = os.path.abspath(folder)
+        own = hashlib.sha256(folder.encode()).hexdigest()[:16]
+        if there := [number for number, called in self._queue().items() if called.endswith(f"-{own}")]:
+            return there[0]
         os.makedirs(folder, exist_ok=True)
-        executor = self._executor(os.path.join(folder, "submitit"), job_name=name)
+        executor = self._executor(os.path.join(folder, "submitit"), job_name=f"{name}-{own}")
         try:
             return executor.submit(Command(tuple(argv), folder)).job_id
         except self._submitit.core.utils.FailedJobError as e:
@@ -71,17 +81,23 @@ class Slurm:
 
     def alive(self, handles: Collection[str]) -> set[str]:
         """Those of the jobs that wait, run or end just now. Raises ConfigError where Slurm does not say."""
-        there = told(["squeue", "--noheader", "--format=%A", "--me"], HINT).split()
-        return set(handles) & set(there)
+        return set(handles) & set(self._queue())
 
     def stop(self, handle: str) -> None:
-        """Takes a job off the queue, or asks what it runs to save and end."""
+        """Takes a job off the queue, or asks what it runs to save and end, for good."""
+        with contextlib.suppress(ConfigError):  # it has ended; else it comes again, and is still alive for who waits
+            told(["scontrol", "update", f"JobId={handle}", "Requeue=0"], HINT, pauses=())
         for which in ("--state=PENDING", "--signal=TERM"):
             try:
                 told(["scancel", "--quiet", which, handle], HINT, pauses=())
             except ConfigError:
                 if self.alive([handle]):  # else it has ended, which scancel takes for an error
                     raise
+
+    def _queue(self) -> dict[str, str]:
+        """Number → name of the jobs that wait, run or end just now. Raises ConfigError where Slurm does not say."""
+        lines = told(["squeue", "--noheader", "--format=%A %j", "--me"], HINT).splitlines()
+        return {number: called for number, _, called in (line.partition(" ") for line in lines)}
 
     def _executor(self, folder: str, **more: Any) -> Any:
         try:
@@ -108,13 +124,20 @@ class Command:
         self.pid: int | None = None  # of what it runs, when it has begun
 
     def __call__(self) -> None:
-        """Runs it to its end; raises RuntimeError if it fails, for Slurm to know."""
+        """Runs it to its end; raises RuntimeError if it fails, for Slurm to know.
+
+        Where SIGTERM ended it, as when the job is preempted, the job goes back to the queue: Slurm would do that only
+        after the partition's GraceTime, when this has ended long since.
+        """
         with open(os.path.join(self.folder, "log.txt"), "ab") as log:
             child = subprocess.Popen(
                 self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_deaf
             )
         self.pid = child.pid
-        if status := child.wait():
+        status = child.wait()
+        if status in (-signal.SIGTERM, 128 + signal.SIGTERM) and _put_back():
+            sys.exit(status)
+        if status:
             raise RuntimeError(f"exit status {status}: {shlex.join(self.argv)}")
 
     def checkpoint(self) -> Any:
@@ -127,6 +150,17 @@ class Command:
         return _submitit().helpers.DelayedSubmission(Command(self.argv, self.folder))
 
 
+def _put_back() -> bool:
+    """Puts this job back on the queue, if it was not told to stop; what was cancelled stays so."""
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) >= RESTARTS:
+        return False
+    try:
+        told(["scontrol", "requeue", "incomplete", os.environ["SLURM_JOB_ID"]], HINT, pauses=())
+    except ConfigError:
+        return False
+    return True
+
+
 def _deaf() -> None:
     """Slurm sends submitit's signal to all processes of the job, and it would end what has no handler for it."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
@@ -134,8 +168,10 @@ def _deaf() -> None:
 
 def _check(options: Mapping[str, Any]) -> None:
     """Raises ConfigError for options that submitit would take, and that a run of a sweep can't have."""
-    more = options.get("additional_parameters")
-    for name, value in (*options.items(), *(more.items() if isinstance(more, Mapping) else ())):
+    more = options.get("additional_parameters", {})
+    if not isinstance(more, Mapping):
+        raise ConfigError(f"the sweep's options for Slurm: additional_parameters={more!r}: expected a dict")
+    for name, value in (*options.items(), *more.items()):
         if name.replace("-", "_") in SEVERAL and str(value) != "1":
             raise ConfigError(
                 f"the sweep's options for Slurm: {name}={value}: expected 1, since a run of a sweep is one process; "
