@@ -33,7 +33,7 @@ SUITES = {
     "moving_shapes": Suite(shapes_suites.run, DRAWING | {"prompts"}),
     "first_frame": Suite(shapes_suites.run_first_frame, DRAWING | {"prompts"}),
     "memorised": Suite(memorised.run, SOLVING | {"prompts"}),  # each clip at its own size
-    "heldout": Suite(grid.run, frozenset({"clips", "size"}), clips=CLIPS),
+    "heldout": Suite(grid.run, frozenset({"clips", "size", "levels"}), clips=CLIPS, version=2),
     "fvd": Suite(distance.run, DRAWING | {"prompts", "features"}),
     "vbench": Suite(vbench.run, DRAWING | {"prompts"}, version=2),
     "nearest": Suite(nearest.run, DRAWING | {"prompts", "clips"}, clips=4096),
@@ -54,6 +54,7 @@ def run(
     clips: int | None = None,
     fvd: bool = True,
     sizes: Sequence[str] = (),
+    levels: str = "",
     features: str = "",
     **settings: Any,
 ) -> dict:
@@ -73,6 +74,7 @@ def run(
       tokenizers, inputs, fvd: of the suite reconstruction: see `evaluation/reconstruction.py`.
       clips: how many clips of a data set are looked at; None: 64 (of each size in heldout), 4096 in nearest.
       sizes: of the suite heldout, "FRAMESxHEIGHTxWIDTH" each; none: the run's own.
+      levels: of the suite heldout, noise levels within 0 to 1 with commas between; empty: the middles of eighths.
       features: of the suite fvd: other weights, see `evaluation/distance.py`.
       **settings: instead of the keys of `config.sample`: frames, height, width, fps, solver, steps, guidance, eta. Of
         these, reconstruction takes frames: of a clip at most.
@@ -87,10 +89,11 @@ def run(
     config = read_config(workdir)
     names = names or [_suite_of(config)]
     given = {"prompts": prompts != PROMPTS, "seed": seed != 0, "step": step is not None, "clips": clips is not None}
-    given |= {"tokenizer": tokenizers, "input": inputs, "nofvd": not fvd, "size": sizes, "features": features}
+    given |= {"tokenizer": tokenizers, "input": inputs, "nofvd": not fvd, "features": features}
+    given |= {"size": sizes, "levels": levels}
     given |= {name: value is not None for name, value in settings.items()}
     _check_flags([name for name, is_given in given.items() if is_given], names)
-    asked = Asked(prompts, 0, seed, tuple(map(_size, sizes)), features)
+    asked = Asked(prompts, 0, seed, tuple(map(_size, sizes)), _levels(levels) if levels else grid.LEVELS, features)
 
     subject, found = None, {}
     for name in names:
@@ -140,6 +143,23 @@ def _size(text: str) -> tuple[int, int, int]:
     return tuple(map(int, parts))
 
 
+def _levels(text: str) -> tuple[float, ...]:
+    """Each once, from little noise to much."""
+    found = set()
+    for part in text.split(","):
+        try:
+            level = float(part)
+        except ValueError:
+            level = 0.0
+        if not 0 < level < 1:
+            raise ConfigError(
+                f"--levels={text}: {part.strip()!r} is no noise level; expected numbers between 0 (clean) and 1 "
+                "(noise), commas between them, such as 0.25,0.5,0.75"
+            )
+        found.add(level)
+    return tuple(sorted(found))
+
+
 def _subject(workdir: str, step: int | None, settings: dict[str, Any]) -> tuple[Subject, int]:
     """The checkpoint that is judged, and its step."""
     config, generator, params, step = restored.load(workdir, step)
@@ -186,6 +206,8 @@ def _judge(
     flags |= {key: s[key] for key in sorted(DRAWING & suite.flags) if key not in ("eta", "guidance_2") or s[key]}
     if "size" in suite.flags:
         flags["size"] = list(found.decided_by["sizes"])
+    if "levels" in suite.flags:
+        flags["levels"] = grid.told_levels(asked.levels)
     if "features" in suite.flags and asked.features:
         flags["features"] = os.path.abspath(asked.features)
     about = {"seed": asked.seed, "weights": f"averaged, config.optimizer.ema={config.optimizer.ema}"}

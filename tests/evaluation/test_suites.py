@@ -16,7 +16,9 @@ from vidgen import config as configs
 from vidgen.config import ConfigError
 from vidgen.data.clip import BadClip, Clip, ClipSizes
 from vidgen.data.sources import Subset, open_source
+from vidgen.diffusion import generator as generators
 from vidgen.evaluation import clips, distance, grid, i3d, nearest, scorecard, vbench
+from vidgen.evaluation.suite import Asked, Subject
 from vidgen.studio import report
 from vidgen.training import denoising, restored
 from vidgen.training.checkpoint import Checkpoints, write_config
@@ -40,6 +42,11 @@ def workdir(tmp_path_factory, quick_compiles):
 
 
 @pytest.fixture(scope="module")
+def loaded(workdir):
+    return restored.load(workdir)
+
+
+@pytest.fixture(scope="module")
 def both(workdir):
     return evaluate.run(workdir, "heldout,moving_shapes", prompts=7, clips=6)
 
@@ -60,20 +67,55 @@ def test_heldout_loss_on_a_grid_of_sizes_and_levels(workdir, both):
     assert [row["size"] for row in results["grid"]] == ["1x16x16", "5x16x16"]
     assert [row["clips"] for row in results["grid"]] == [6, 6] and results["clips"] == 12
     assert [row["tokens"] for row in results["grid"]] == [6 * 4, 6 * 2 * 4]
-    for row in results["grid"]:
+    levels = [0.0625, 0.1875, 0.3125, 0.4375, 0.5625, 0.6875, 0.8125, 0.9375]
+    assert results["levels"] == results["scorecard"]["levels"] == levels and results["scorecard"]["version"] == 2
+    assert results["table"]["head"][3:] == [f"t={t}" for t in levels]
+    for row, shown in zip(results["grid"], results["table"]["rows"], strict=True):
         assert len(row["by_level"]) == 8 and row["loss"] == pytest.approx(np.mean(row["by_level"]))
-        assert row["levels"] == sorted(row["levels"]) and 0 < row["levels"][0] < row["levels"][-1] < 1
+        assert shown[3:] == row["by_level"]
     losses = [results[f"heldout_loss/{size}"] for size in ("1x16x16", "5x16x16")]
     assert results["heldout_loss"] == pytest.approx(np.mean(losses)) and np.isfinite(losses).all()
-    assert results["scorecard"]["command"].endswith("--clips 6 --size 1x16x16 --size 5x16x16")
+    assert results["scorecard"]["command"].endswith(
+        f"--clips 6 --size 1x16x16 --size 5x16x16 --levels {','.join(map(str, levels))}"
+    )
     # A size that is not the run's, longer than its rows of 24 tokens.
-    longer = evaluate.run(workdir, "heldout", clips=3, sizes=["29x16x16"])
+    longer = evaluate.run(workdir, "heldout", clips=3, sizes=["29x16x16"], levels="0.5, 0.25")
     assert longer["scorecard"]["row_tokens"] == 8 * 4 and longer["grid"][0]["clips"] == 3
+    assert longer["levels"] == [0.25, 0.5] and "--levels 0.25,0.5" in longer["scorecard"]["command"]
     assert [row["size"] for row in longer["grid"]] == ["29x16x16"] and np.isfinite(longer["heldout_loss"])
 
 
-def test_heldout_noise_is_a_rows_own_whatever_the_batch_and_changes_with_the_seed(workdir):
-    config, generator, params, _ = restored.load(workdir)
+def test_heldout_levels_are_those_asked_for_whatever_a_run_trained_at(loaded):
+    config, generator, params, _ = loaded
+    asked = Asked(0, 3, 0, ((5, 16, 16),), (0.2, 0.7))
+
+    def found(params=params, **objective):
+        own = configs.override(config, {f"objective.{key}": value for key, value in objective.items()})
+        return grid.run(Subject(own, generator, params, None), asked).figures
+
+    plain = found()
+    assert found(shift=7.0, time_mean=1.0, time_std=0.3) == plain and not plain["notes"]
+    low, high = plain["grid"][0]["by_level"]
+    assert abs(low - high) > 0.01 * high  # so that another level would show
+    assert found(generators.Experts(high=params, low=None, boundary=0.2)) == plain
+
+
+def test_of_an_expert_only_its_own_levels_count(tiny):
+    tiny.objective.time_range = (0.875, 1.0)
+    levels, (note,) = grid.within(tiny, grid.LEVELS)
+    assert levels == (0.9375,) and note.startswith("trained on noise levels of 0.875 to 1 alone")
+    assert note.endswith("of the grid, 0.0625,0.1875,0.3125,0.4375,0.5625,0.6875,0.8125 are left out")
+    tiny.objective.time_range = (0.95, 1.0)
+    with pytest.raises(ConfigError, match=r"--levels=0.3,0.6: the run trained on none .* such as --levels=0.975") as e:
+        grid.within(tiny, (0.3, 0.6))
+    assert "\n" not in str(e.value)
+    both = generators.Experts(high="high", low="low", boundary=0.6)
+    parts = {own: at.tolist() for own, at in grid._experts(both, np.float32([0.3, 0.6, 0.9]))}
+    assert parts == {"high": [False, True, True], "low": [True, False, False]}
+
+
+def test_heldout_noise_is_a_rows_own_whatever_the_batch_and_changes_with_the_seed(loaded):
+    config, generator, params, _ = loaded
     source = clips.sized(config, "heldout", (5, 16, 16))
     rows = grid.rows_of(clips.Subset(source, np.arange(11)), (5, 16, 16), config, generator)
     assert sorted(place.clip for row in rows for place in row) == list(range(11)) and len(rows) > config.rows.count / 2
@@ -83,7 +125,8 @@ def test_heldout_noise_is_a_rows_own_whatever_the_batch_and_changes_with_the_see
         assert row[-1].text_start + row[-1].text <= config.rows.text
 
     def sums(count, seed):
-        measure = measures.setdefault(count, grid._Measure(configs.override(config, {"rows.count": count}), generator))
+        own = configs.override(config, {"rows.count": count})
+        measure = measures.setdefault(count, grid._Measure(own, generator, (0.2, 0.7)))
         return [measure(params, source, rows, first, seed) for first in range(0, len(rows), measure.batch)]
 
     measures = {}
@@ -328,6 +371,10 @@ def test_a_command_is_one_that_a_shell_takes():
         ({"suite": "heldout", "sizes": ["9x32"]}, "--size=9x32: expected FRAMESxHEIGHTxWIDTH"),
         ({"suite": "heldout", "sizes": ["6x16x16"]}, "--size=6x16x16: .* the nearest that does is 9x16x16"),
         ({"suite": "heldout", "clips": 0}, "--clips=0: expected at least 1"),
+        ({"suite": "heldout", "levels": "0.5,x"}, "--levels=0.5,x: 'x' is no noise level; expected numbers between 0"),
+        ({"suite": "heldout", "levels": "0.5,1"}, "--levels=0.5,1: '1' is no noise level"),
+        ({"suite": "heldout", "levels": "nan"}, "--levels=nan: 'nan' is no noise level"),
+        ({"suite": "vbench", "levels": "0.5"}, "--levels has no meaning with --suite vbench"),
         ({"suite": "heldout", "guidance": 2.0}, "--guidance has no meaning with --suite heldout"),
         ({"suite": "heldout", "prompts": 3}, "--prompts has no meaning with --suite heldout"),
         ({"suite": "memorised", "frames": 5}, "--frames has no meaning with --suite memorised"),

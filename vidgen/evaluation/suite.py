@@ -39,6 +39,7 @@ class Asked:
       clips: how many clips of a data set are looked at.
       seed: of prompts and noise.
       sizes: (frames, height, width) of the held-out loss; none: the run's own.
+      levels: noise levels of the held-out loss, in (0, 1), from little noise to much.
       features: file of the weights of the network that FVD sees clips through; empty: that of the extra [perceptual].
     """
 
@@ -46,6 +47,7 @@ class Asked:
     clips: int
     seed: int
     sizes: tuple[tuple[int, int, int], ...] = ()
+    levels: tuple[float, ...] = ()
     features: str = ""
 
 
