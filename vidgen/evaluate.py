@@ -36,7 +36,7 @@ SUITES = {
     "heldout": Suite(grid.run, frozenset({"clips", "size", "levels"}), clips=CLIPS, version=2),
     "fvd": Suite(distance.run, DRAWING | {"prompts", "features"}),
     "vbench": Suite(vbench.run, DRAWING | {"prompts"}, version=2),
-    "nearest": Suite(nearest.run, DRAWING | {"prompts", "clips"}, clips=4096),
+    "nearest": Suite(nearest.run, DRAWING | {"prompts", "clips"}, clips=4096, version=2),
 }
 RECONSTRUCTION = frozenset({"tokenizer", "input", "clips", "nofvd", "frames"})
 OF_TOKENIZER = 1  # version of the suite reconstruction
