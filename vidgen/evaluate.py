@@ -21,6 +21,7 @@ from vidgen.evaluation import distance, grid, memorised, moving_shapes, nearest,
 from vidgen.evaluation.suite import Asked, Found, Subject, Suite
 from vidgen.plain import plain
 from vidgen.studio import media, report
+from vidgen.tokenizers import base as tokenizers
 from vidgen.training import restored
 from vidgen.training.checkpoint import Checkpoints, read_config
 
@@ -30,13 +31,13 @@ DRAWING = SOLVING | {"frames", "height", "width", "fps"}
 
 # What a denoiser is judged by; reconstruction, of a tokenizer, stands beside them.
 SUITES = {
-    "moving_shapes": Suite(shapes_suites.run, DRAWING | {"prompts"}),
-    "first_frame": Suite(shapes_suites.run_first_frame, DRAWING | {"prompts"}),
-    "memorised": Suite(memorised.run, SOLVING | {"prompts"}),  # each clip at its own size
-    "heldout": Suite(grid.run, frozenset({"clips", "size", "levels"}), clips=CLIPS, version=2),
-    "fvd": Suite(distance.run, DRAWING | {"prompts", "features"}),
-    "vbench": Suite(vbench.run, DRAWING | {"prompts"}, version=2),
-    "nearest": Suite(nearest.run, DRAWING | {"prompts", "clips"}, clips=4096, version=2),
+    "moving_shapes": Suite(shapes_suites.run, shapes_suites.check, DRAWING | {"prompts"}),
+    "first_frame": Suite(shapes_suites.run_first_frame, shapes_suites.check_first_frame, DRAWING | {"prompts"}),
+    "memorised": Suite(memorised.run, memorised.check, SOLVING | {"prompts"}),  # each clip at its own size
+    "heldout": Suite(grid.run, grid.check, frozenset({"clips", "size", "levels"}), clips=CLIPS, version=2),
+    "fvd": Suite(distance.run, distance.check, DRAWING | {"prompts", "features"}),
+    "vbench": Suite(vbench.run, vbench.check, DRAWING | {"prompts"}, version=2),
+    "nearest": Suite(nearest.run, nearest.check, DRAWING | {"prompts", "clips"}, clips=4096, version=2),
 }
 RECONSTRUCTION = frozenset({"tokenizer", "input", "clips", "nofvd", "frames"})
 OF_TOKENIZER = 1  # version of the suite reconstruction
@@ -93,7 +94,12 @@ def run(
     given |= {"size": sizes, "levels": levels}
     given |= {name: value is not None for name, value in settings.items()}
     _check_flags([name for name, is_given in given.items() if is_given], names)
-    asked = Asked(prompts, 0, seed, tuple(map(_size, sizes)), _levels(levels) if levels else grid.LEVELS, features)
+    asked = Asked(prompts, 0, seed, tuple(map(_size, sizes)), _levels(levels) if levels else (), features)
+
+    if names != ["reconstruction"]:
+        own = restored.run_config(workdir)
+        sample.override(own, settings)
+        check(own, names, asked)
 
     subject, found = None, {}
     for name in names:
@@ -106,6 +112,32 @@ def run(
             subject, step = _subject(workdir, step, settings)
         found[name] = _judge(workdir, name, config, subject, step, asked, clips)
     return found[names[0]] if len(names) == 1 else {"suites": found}
+
+
+def check(config: ConfigDict, suites: Sequence[str], asked: Asked) -> None:
+    """Raises ConfigError where one of the suites could not judge a run of this config, whatever it has learned.
+
+    `run` asks this first; what trains runs to have them judged can ask before it trains. Clips of `config.sample` that
+    are too short for a suite, held-out clips or an extra that are missing, nothing to measure: all is known by then. It
+    opens the data set of the run, and reads neither clips nor weights.
+
+    Args:
+      config: of the run, with what it is judged with in `config.sample`.
+      suites: keys of SUITES; or reconstruction, which looks at its own arguments later.
+      asked: what else is asked for; `Asked(prompts)` where nothing is.
+    """
+    for name in _known(",".join(suites)):
+        if name == "reconstruction":
+            continue
+        if config.task != "denoiser":
+            raise ConfigError(
+                f"config.task={config.task}: --suite {name} judges what is drawn from prompts; expected task=denoiser, "
+                "or --suite reconstruction"
+            )
+        suite = SUITES[name]
+        if "frames" in suite.flags:
+            sample.check_size(config, tokenizers.geometry_from_config(config.tokenizer, config.vae))
+        suite.check(config, asked)
 
 
 def _known(suite: str) -> list[str]:
@@ -207,7 +239,7 @@ def _judge(
     if "size" in suite.flags:
         flags["size"] = list(found.decided_by["sizes"])
     if "levels" in suite.flags:
-        flags["levels"] = grid.told_levels(asked.levels)
+        flags["levels"] = grid.told_levels(asked.levels or grid.LEVELS)
     if "features" in suite.flags and asked.features:
         flags["features"] = os.path.abspath(asked.features)
     about = {"seed": asked.seed, "weights": f"averaged, config.optimizer.ema={config.optimizer.ema}"}

@@ -77,6 +77,20 @@ def spread(total: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, max(total - 1, 0), min(count, total)).round().astype(np.int64))
 
 
+def sample_size(config: ConfigDict) -> Size:
+    """Of the clips that are drawn."""
+    return config.sample.frames, config.sample.height, config.sample.width
+
+
+def check_frames(config: ConfigDict, suite: str, least: int, why: str) -> None:
+    """Raises ConfigError where drawn clips have fewer frames than a suite looks at."""
+    if config.sample.frames < least:
+        raise ConfigError(
+            f"config.sample.frames={config.sample.frames}: --suite {suite} {why}; expected {least} or more frames, "
+            "there or by --frames"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Real:
     """Clips that were read.

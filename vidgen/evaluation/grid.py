@@ -40,6 +40,13 @@ LEVELS = tuple((i + 0.5) / 8 for i in range(8))  # unless --levels says otherwis
 SIZES = 8  # of the run's own that are measured at most, those of most clips first
 
 
+def check(config: ConfigDict, asked: Asked) -> None:
+    """Raises ConfigError where there is nothing to measure at these levels and sizes."""
+    within(config, asked.levels or LEVELS)
+    for size in _sizes(config, asked)[0]:
+        clips.sized(config, "heldout", size)
+
+
 def run(subject: Subject, asked: Asked) -> Found:
     """heldout_loss: the mean over the grid, every size and level alike; heldout_loss/SIZE: over the levels of a size.
 
@@ -55,7 +62,7 @@ def run(subject: Subject, asked: Asked) -> Found:
     """
     config, generator = subject.config, subject.generator
     geometry = generator.tokenizer.geometry
-    levels, notes = within(config, asked.levels)
+    levels, notes = within(config, asked.levels or LEVELS)
     own, left_out = _sizes(config, asked)
     notes += left_out
     tokens = max(config.rows.tokens, *(geometry.tokens(*size) for size in own))

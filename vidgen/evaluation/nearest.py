@@ -13,6 +13,7 @@ import dataclasses
 from collections import Counter
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from vidgen.config import ConfigError
 from vidgen.data.clip import BadClip
@@ -29,6 +30,13 @@ STRETCHES = 32  # of a training clip that are compared at most
 CHUNK = 256  # stretches of training clips in memory, and those of one clip more
 
 
+def check(config: ConfigDict, asked: Asked) -> None:
+    """Raises ConfigError where no clips are held out, or none of a side are as large as those that are drawn."""
+    clips.check_held_out(config, "nearest")
+    for split in ("train", "heldout"):
+        clips.sized(config, split, clips.sample_size(config))
+
+
 def run(subject: Subject, asked: Asked) -> Found:
     """Clips drawn from held-out clips' captions, and these clips, each against `clips` training clips of pass 0.
 
@@ -41,8 +49,7 @@ def run(subject: Subject, asked: Asked) -> Found:
     ratio first.
     """
     config = subject.config
-    clips.check_held_out(config, "nearest")
-    size = (config.sample.frames, config.sample.height, config.sample.width)
+    size = clips.sample_size(config)
     source = clips.sized(config, "train", size, whole=True)
     real = clips.read(clips.sized(config, "heldout", size), asked.prompts)
     prompts = [clip.caption for clip in real.clips]
