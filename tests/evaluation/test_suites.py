@@ -1,6 +1,5 @@
 """The suites of a denoiser on one tiny run, and their scorecards."""
 
-import dataclasses
 import json
 import os
 import pickle
@@ -14,9 +13,10 @@ from conftest import make_tiny
 from vidgen import cli, evaluate, perceptual, weights
 from vidgen import config as configs
 from vidgen.config import ConfigError
-from vidgen.data.clip import BadClip, Clip, ClipSizes
-from vidgen.data.sources import Subset, open_source
-from vidgen.evaluation import clips, distance, grid, i3d, nearest, scorecard, vbench
+from vidgen.data.sources import open_source
+from vidgen.diffusion import generator as generators
+from vidgen.evaluation import clips, distance, grid, i3d, scorecard, vbench
+from vidgen.evaluation.suite import Asked, Subject
 from vidgen.studio import report
 from vidgen.training import denoising, restored
 from vidgen.training.checkpoint import Checkpoints, write_config
@@ -40,6 +40,11 @@ def workdir(tmp_path_factory, quick_compiles):
 
 
 @pytest.fixture(scope="module")
+def loaded(workdir):
+    return restored.load(workdir)
+
+
+@pytest.fixture(scope="module")
 def both(workdir):
     return evaluate.run(workdir, "heldout,moving_shapes", prompts=7, clips=6)
 
@@ -60,20 +65,55 @@ def test_heldout_loss_on_a_grid_of_sizes_and_levels(workdir, both):
     assert [row["size"] for row in results["grid"]] == ["1x16x16", "5x16x16"]
     assert [row["clips"] for row in results["grid"]] == [6, 6] and results["clips"] == 12
     assert [row["tokens"] for row in results["grid"]] == [6 * 4, 6 * 2 * 4]
-    for row in results["grid"]:
+    levels = [0.0625, 0.1875, 0.3125, 0.4375, 0.5625, 0.6875, 0.8125, 0.9375]
+    assert results["levels"] == results["scorecard"]["levels"] == levels and results["scorecard"]["version"] == 2
+    assert results["table"]["head"][3:] == [f"t={t}" for t in levels]
+    for row, shown in zip(results["grid"], results["table"]["rows"], strict=True):
         assert len(row["by_level"]) == 8 and row["loss"] == pytest.approx(np.mean(row["by_level"]))
-        assert row["levels"] == sorted(row["levels"]) and 0 < row["levels"][0] < row["levels"][-1] < 1
+        assert shown[3:] == row["by_level"]
     losses = [results[f"heldout_loss/{size}"] for size in ("1x16x16", "5x16x16")]
     assert results["heldout_loss"] == pytest.approx(np.mean(losses)) and np.isfinite(losses).all()
-    assert results["scorecard"]["command"].endswith("--clips 6 --size 1x16x16 --size 5x16x16")
+    assert results["scorecard"]["command"].endswith(
+        f"--clips 6 --size 1x16x16 --size 5x16x16 --levels {','.join(map(str, levels))}"
+    )
     # A size that is not the run's, longer than its rows of 24 tokens.
-    longer = evaluate.run(workdir, "heldout", clips=3, sizes=["29x16x16"])
+    longer = evaluate.run(workdir, "heldout", clips=3, sizes=["29x16x16"], levels="0.5, 0.25")
     assert longer["scorecard"]["row_tokens"] == 8 * 4 and longer["grid"][0]["clips"] == 3
+    assert longer["levels"] == [0.25, 0.5] and "--levels 0.25,0.5" in longer["scorecard"]["command"]
     assert [row["size"] for row in longer["grid"]] == ["29x16x16"] and np.isfinite(longer["heldout_loss"])
 
 
-def test_heldout_noise_is_a_rows_own_whatever_the_batch_and_changes_with_the_seed(workdir):
-    config, generator, params, _ = restored.load(workdir)
+def test_heldout_levels_are_those_asked_for_whatever_a_run_trained_at(loaded):
+    config, generator, params, _ = loaded
+    asked = Asked(0, 3, 0, ((5, 16, 16),), (0.2, 0.7))
+
+    def found(params=params, **objective):
+        own = configs.override(config, {f"objective.{key}": value for key, value in objective.items()})
+        return grid.run(Subject(own, generator, params, None), asked).figures
+
+    plain = found()
+    assert found(shift=7.0, time_mean=1.0, time_std=0.3) == plain and not plain["notes"]
+    low, high = plain["grid"][0]["by_level"]
+    assert abs(low - high) > 0.01 * high  # so that another level would show
+    assert found(generators.Experts(high=params, low=None, boundary=0.2)) == plain
+
+
+def test_of_an_expert_only_its_own_levels_count(tiny):
+    tiny.objective.time_range = (0.875, 1.0)
+    levels, (note,) = grid.within(tiny, grid.LEVELS)
+    assert levels == (0.9375,) and note.startswith("trained on noise levels of 0.875 to 1 alone")
+    assert note.endswith("of the grid, 0.0625,0.1875,0.3125,0.4375,0.5625,0.6875,0.8125 are left out")
+    tiny.objective.time_range = (0.95, 1.0)
+    with pytest.raises(ConfigError, match=r"--levels=0.3,0.6: the run trained on none .* such as --levels=0.975") as e:
+        grid.within(tiny, (0.3, 0.6))
+    assert "\n" not in str(e.value)
+    both = generators.Experts(high="high", low="low", boundary=0.6)
+    parts = {own: at.tolist() for own, at in grid._experts(both, np.float32([0.3, 0.6, 0.9]))}
+    assert parts == {"high": [False, True, True], "low": [True, False, False]}
+
+
+def test_heldout_noise_is_a_rows_own_whatever_the_batch_and_changes_with_the_seed(loaded):
+    config, generator, params, _ = loaded
     source = clips.sized(config, "heldout", (5, 16, 16))
     rows = grid.rows_of(clips.Subset(source, np.arange(11)), (5, 16, 16), config, generator)
     assert sorted(place.clip for row in rows for place in row) == list(range(11)) and len(rows) > config.rows.count / 2
@@ -83,7 +123,8 @@ def test_heldout_noise_is_a_rows_own_whatever_the_batch_and_changes_with_the_see
         assert row[-1].text_start + row[-1].text <= config.rows.text
 
     def sums(count, seed):
-        measure = measures.setdefault(count, grid._Measure(configs.override(config, {"rows.count": count}), generator))
+        own = configs.override(config, {"rows.count": count})
+        measure = measures.setdefault(count, grid._Measure(own, generator, (0.2, 0.7)))
         return [measure(params, source, rows, first, seed) for first in range(0, len(rows), measure.batch)]
 
     measures = {}
@@ -107,8 +148,6 @@ def test_vbench_sets_real_clips_beside_drawn_ones(workdir, without_extras):
     assert results["subject_consistency_vgg"] is None and any("is not measured" in note for note in results["notes"])
     assert len(results["per_prompt"]) == 4 and os.path.getsize(f"{workdir}/evaluation/vbench.gif")
     assert "drawn" in evaluate.table(results) and "again: vidgen evaluate" in evaluate.table(results)
-    with pytest.raises(ConfigError, match="--frames=1: --suite vbench measures motion; expected 3 or more"):
-        evaluate.run(workdir, "vbench", prompts=4, frames=1)
 
 
 def test_memorised_clips_at_their_own_sizes(workdir, without_extras):
@@ -130,70 +169,9 @@ def test_nearest_training_clips_of_drawn_ones(workdir):
     assert 0 < results["heldout_ratio"] <= 1 and len(results["per_prompt"]) == 4
     assert results["per_prompt"][0]["nearest"].startswith("moving_shapes/easy/train/")
     assert any("4 held-out clips" in note for note in results["notes"])
-    assert results["scorecard"]["training_clips"]["of"] == 512
-
-
-@dataclasses.dataclass(frozen=True)
-class Clips:
-    """A source of given clips; None where one can't be read."""
-
-    videos: list
-
-    @property
-    def sizes(self):
-        shape = next(v for v in self.videos if v is not None).shape
-        return ClipSizes(*(np.full(len(self.videos), n) for n in (*shape[:3], 8.0, 9)))
-
-    fingerprint = "given"
-
-    def read(self, index, epoch):
-        if self.videos[index] is None:
-            raise BadClip("truncated")
-        return Clip(self.videos[index], "a clip", 8.0)
-
-    def name(self, index):
-        return str(index)
-
-    def captions(self):
-        return None
-
-
-def test_a_copy_is_found_among_many_and_its_ratio_is_near_0(monkeypatch):
-    rng = np.random.default_rng(0)
-    videos = list(rng.integers(0, 256, (30, 9, 40, 24, 3)).astype(np.uint8))
-    videos[3] = None
-    queries = np.stack([nearest.shrunk(v) for v in (videos[17], rng.integers(0, 256, videos[0].shape))])
-    assert queries.shape == (2, 8 * 16 * 16 * 3)
-    monkeypatch.setattr(nearest, "CHUNK", 7)
-    distances, index, unused = nearest.nearest(queries, Clips(videos), 5)
-    direct = np.array(
-        [[np.inf if v is None else np.sqrt(np.mean((q - nearest.shrunk(v)) ** 2)) for v in videos] for q in queries]
-    )
-    np.testing.assert_array_equal(index, np.argsort(direct, axis=1)[:, :5])
-    np.testing.assert_allclose(distances, np.sort(direct, axis=1)[:, :5], atol=1e-6)
-    assert index[0, 0] == 17 and distances[0, 0] < 1e-6 < distances[1, 0] and unused == {"truncated": 1}
-    with pytest.raises(ConfigError, match="no training clip could be read: {'truncated': 1}"):
-        nearest.nearest(queries, Subset(Clips(videos), [3]), 5)
-    assert nearest.beyond(np.array([0.0, 0.5, 0.9]), np.linspace(0.4, 1, 101)) == pytest.approx(1 / 3)
-
-
-def test_shrinking_is_by_means_and_keeps_small_clips():
-    ramp = np.broadcast_to(np.arange(32, dtype=np.uint8)[None, None, :, None] * 8, (3, 10, 32, 3))
-    small = nearest.shrunk(ramp).reshape(3, 10, 16, 3)
-    np.testing.assert_allclose(small[0, 0, :, 0] * 255, np.arange(16) * 16 + 4, atol=1e-3)
-
-
-def test_clips_are_cut_to_the_size_that_is_asked_for():
-    video = np.arange(6 * 20 * 24 * 3, dtype=np.uint32).astype(np.uint8).reshape(6, 20, 24, 3)
-    source = clips.Sized(Clips([video, video]), (4, 16, 16))
-    real = clips.read(source, 5)
-    np.testing.assert_array_equal(real.clips[0].video, video[:4, 2:18, 4:20])
-    assert real.index.tolist() == [0, 1] and real.total == 2
-    assert not len(clips.Sized(Clips([video]), (7, 16, 16)).sizes)
-    some = clips.read(clips.Sized(Clips([None, video, None]), (4, 16, 16)), 3)
-    assert some.index.tolist() == [1] and some.notes("held-out") == ["2 held-out clips could not be used: truncated"]
-    with pytest.raises(ConfigError, match="no clip could be read: {'truncated': 1}"):
-        clips.read(clips.Sized(Clips([None, video]), (4, 16, 16)), 1)
+    assert results["scorecard"]["training_clips"]["of"] == results["training_clips_of"] == 512
+    assert any(note.startswith("40 of 512 training clips were looked at") for note in results["notes"])
+    assert {row["first_frame"] for row in results["per_prompt"]} == {0}  # they are rendered at the clips' length
 
 
 def thin_i3d() -> dict[str, np.ndarray]:
@@ -227,8 +205,6 @@ def test_fvd_with_other_weights_and_its_floor(workdir, tmp_path):
     card = results["scorecard"]
     assert card["networks"]["i3d"] == weights.digest("i3d", {}, thin_i3d()) and card["clips"]["count"] == 6
     assert f"--features {path}" in card["command"] and "--frames 9" in card["command"]
-    with pytest.raises(ConfigError, match="--frames=5: I3D, which FVD sees clips through, expects 9 or more"):
-        evaluate.run(workdir, "fvd", prompts=3)
 
 
 def test_other_feature_weights_by_path(tmp_path):
@@ -328,6 +304,10 @@ def test_a_command_is_one_that_a_shell_takes():
         ({"suite": "heldout", "sizes": ["9x32"]}, "--size=9x32: expected FRAMESxHEIGHTxWIDTH"),
         ({"suite": "heldout", "sizes": ["6x16x16"]}, "--size=6x16x16: .* the nearest that does is 9x16x16"),
         ({"suite": "heldout", "clips": 0}, "--clips=0: expected at least 1"),
+        ({"suite": "heldout", "levels": "0.5,x"}, "--levels=0.5,x: 'x' is no noise level; expected numbers between 0"),
+        ({"suite": "heldout", "levels": "0.5,1"}, "--levels=0.5,1: '1' is no noise level"),
+        ({"suite": "heldout", "levels": "nan"}, "--levels=nan: 'nan' is no noise level"),
+        ({"suite": "vbench", "levels": "0.5"}, "--levels has no meaning with --suite vbench"),
         ({"suite": "heldout", "guidance": 2.0}, "--guidance has no meaning with --suite heldout"),
         ({"suite": "heldout", "prompts": 3}, "--prompts has no meaning with --suite heldout"),
         ({"suite": "memorised", "frames": 5}, "--frames has no meaning with --suite memorised"),
@@ -339,6 +319,49 @@ def test_what_cannot_be_done_is_said_in_a_line(workdir, arguments, says):
     with pytest.raises(ConfigError, match=says) as e:
         evaluate.run(workdir, **arguments)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("suites", "changes", "says"),
+    [
+        (("moving_shapes", "fvd"), {}, "config.sample.frames=5: --suite fvd sees .* through I3D; expected 9 or more"),
+        (
+            ("vbench",),
+            {"sample.frames": 1},
+            "config.sample.frames=1: --suite vbench measures motion; expected 3 or more",
+        ),
+        (
+            ("heldout",),
+            {"objective.time_range": (0.99, 1.0)},
+            "none of them but on those within .*such as --levels=0.995",
+        ),
+        (("first_frame",), {}, "this model was trained with nothing given"),
+        (("first_frame",), {"data.source": "there"}, "the suite first_frame judges moving shapes"),
+        (("nearest",), {"data.source": "there"}, "config.data.holdout=0: --suite nearest"),
+        (("memorised",), {"data.source": "there"}, "config.data.source=there: expected moving_shapes, a directory"),
+        (("moving_shapes",), {"sample.height": 8}, r"\(5, 8, 16\): expected .* at least \(1, 16, 16\)"),
+        (("heldout",), {"task": "vae"}, "config.task=vae: --suite heldout .* expected task=denoiser, or --suite recon"),
+        (("heldout", "vbenhc"), {}, "unknown suite 'vbenhc'.*did you mean vbench"),
+    ],
+)
+def test_what_could_not_be_judged_is_known_before_it_is_trained(tiny, suites, changes, says):
+    with pytest.raises(ConfigError, match=says) as e:
+        evaluate.check(configs.override(tiny, changes), suites, Asked(4))
+    assert "\n" not in str(e.value)
+
+
+def test_what_can_be_judged_passes_and_reads_no_weights(tiny, monkeypatch):
+    monkeypatch.setattr(perceptual, "load", None)
+    evaluate.check(tiny, ("moving_shapes", "memorised", "heldout", "vbench", "nearest", "reconstruction"), Asked(4))
+    longer = configs.override(tiny, {"sample.frames": 9, "control.masks": (("first", 0.4),)})
+    monkeypatch.setattr(perceptual, "missing", lambda name: "")
+    evaluate.check(longer, ("fvd", "first_frame"), Asked(4))
+
+
+def test_all_suites_are_checked_before_the_first_is_run(workdir, monkeypatch):
+    monkeypatch.setattr(restored, "load", None)
+    with pytest.raises(ConfigError, match="--suite vbench measures motion; expected 3 or more"):
+        evaluate.run(workdir, "moving_shapes,vbench", prompts=4, frames=1)
 
 
 def test_held_out_clips_that_were_trained_on_are_told(tiny):

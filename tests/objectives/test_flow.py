@@ -1,5 +1,6 @@
 """The objective against a plain re-statement of it."""
 
+import functools
 import math
 
 import jax
@@ -166,7 +167,9 @@ def test_mask_channels_leave_all_tokens_noisy_and_trained(tiny, batch):
     oracle = Oracle(tokenizer, lambda noisy, levels, rows: seen.append(rows) or noisy)
     oracle.encode_context = lambda params, rows: rows
     flow.loss_of(oracle, tiny.objective, tiny.control)(None, framed(batch), row_keys(0, np.int32(0), 2))
-    flow.heldout_sums(oracle, None, framed(batch), row_keys(0, np.int32(0), 2), tiny.objective, 2, tiny.control)
+    levels_of = functools.partial(timesteps.evaluation_levels, tiny.objective, count=2)
+    keys = row_keys(0, np.int32(0), 2)
+    flow.heldout_sums(oracle, None, framed(batch), keys, tiny.objective, levels_of, tiny.control)
     for rows, given in zip(seen, (True, False), strict=False):
         assert rows.known is None and rows.cond.shape == (2, 16, 4 + 768)
         np.testing.assert_array_equal(rows.level, batch.segment)
@@ -233,7 +236,8 @@ def test_heldout_is_the_same_every_time_and_grows_easier_with_noise_level(tiny, 
     tiny.objective.update(loss="clean")
     oracle = Oracle(tokenizer, lambda noisy, *_: noisy)
     oracle.encode_context = lambda params, rows: rows
-    sums, tokens = flow.heldout_sums(oracle, None, batch, row_keys(1, np.int32(0), 2), tiny.objective, 4)
+    levels_of = functools.partial(timesteps.evaluation_levels, tiny.objective, count=4)
+    sums, tokens = flow.heldout_sums(oracle, None, batch, row_keys(1, np.int32(0), 2), tiny.objective, levels_of)
     assert float(tokens) == 20 and sums.shape == (4,)
     assert (np.diff(sums) > 0).all()  # what passes the noise on errs more, the more there is
 

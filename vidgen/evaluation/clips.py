@@ -20,21 +20,28 @@ Size = tuple[int, int, int]  # frames, height, width
 
 
 class Sized:
-    """The clips of a source that are at least of one size, cut to it: from the start in time, the middle in space."""
+    """The clips of a source that are at least of one size, cut to it: from the start in time, the middle in space.
 
-    def __init__(self, source: Source, size: Size):
+    With `whole` all of their frames stay. `smaller`: how many clips of the source are not as large.
+    """
+
+    def __init__(self, source: Source, size: Size, whole: bool = False):
         frames, height, width = size
         s = source.sizes
         large = np.flatnonzero((s.frames >= frames) & (s.height >= height) & (s.width >= width))
-        self._source, self._size = Subset(source, large), size
+        self._source, self._size, self._whole = Subset(source, large), size, whole
         own = self._source.sizes
-        sides = (np.full(len(large), n, np.int32) for n in size)
-        self.sizes = ClipSizes(*sides, own.fps, own.text)
-        self.fingerprint = f"{self._source.fingerprint}-{told(size)}"
+        length, *sides = (np.full(len(large), n, np.int32) for n in size)
+        self.sizes = ClipSizes(own.frames if whole else length, *sides, own.fps, own.text)
+        self.fingerprint = f"{self._source.fingerprint}-{told(size)}{'-whole' if whole else ''}"
+        self.smaller = len(s) - len(large)
 
     def read(self, index: int, epoch: int) -> Clip:
         clip = read_clip(self._source, index, epoch)
-        return dataclasses.replace(clip, video=cut(clip.video, 0, *self._size))
+        frames, height, width = self._size
+        return dataclasses.replace(
+            clip, video=cut(clip.video, 0, len(clip.video) if self._whole else frames, height, width)
+        )
 
     def name(self, index: int) -> str:
         return self._source.name(index)
@@ -48,16 +55,16 @@ def told(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
 
 
-def sized(config: ConfigDict, split: str, size: Size) -> Source:
+def sized(config: ConfigDict, split: str, size: Size, whole: bool = False) -> Source:
     """A side of the run's clips, each of (frames, height, width): rendered at that size where the source is
-    procedural, else cut. Raises ConfigError where no clip is as large.
+    procedural, else `Sized`. Raises ConfigError where no clip is as large.
     """
     if config.data.source == "moving_shapes":
         return open_source(configs.override(config, {"data.moving_shapes.sizes": (size,)}).data, split)
-    whole = open_source(config.data, split)
-    source = Sized(whole, size)
+    every = open_source(config.data, split)
+    source = Sized(every, size, whole)
     if not len(source.sizes):
-        s = whole.sizes
+        s = every.sizes
         raise ConfigError(
             f"config.data.source={config.data.source}: no {split} clip has {told(size)} (frames x height x width) or "
             f"more; the largest along each are {s.frames.max()}, {s.height.max()} and {s.width.max()}"
@@ -68,6 +75,20 @@ def sized(config: ConfigDict, split: str, size: Size) -> Source:
 def spread(total: int, count: int) -> np.ndarray:
     """[n] i64, n ≤ count: places evenly spread over `total`."""
     return np.unique(np.linspace(0, max(total - 1, 0), min(count, total)).round().astype(np.int64))
+
+
+def sample_size(config: ConfigDict) -> Size:
+    """Of the clips that are drawn."""
+    return config.sample.frames, config.sample.height, config.sample.width
+
+
+def check_frames(config: ConfigDict, suite: str, least: int, why: str) -> None:
+    """Raises ConfigError where drawn clips have fewer frames than a suite looks at."""
+    if config.sample.frames < least:
+        raise ConfigError(
+            f"config.sample.frames={config.sample.frames}: --suite {suite} {why}; expected {least} or more frames, "
+            "there or by --frames"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

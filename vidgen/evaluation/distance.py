@@ -8,12 +8,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from vidgen import perceptual, pickles, weights
 from vidgen.config import ConfigError
 from vidgen.data.progress import Progress
 from vidgen.evaluation import clips, fvd, i3d
 from vidgen.evaluation.suite import Asked, Found, Subject
+
+
+def check(config: ConfigDict, asked: Asked) -> None:
+    """Raises ConfigError where clips are too short, held-out ones too few, or I3D's weights missing."""
+    clips.check_frames(config, "fvd", i3d.LEAST, "sees clips through I3D")
+    # Once they were converted, the package is not asked for.
+    if not asked.features and not os.path.exists(perceptual.cached("i3d")) and (reason := perceptual.missing("i3d")):
+        raise ConfigError(reason)
+    size = clips.sample_size(config)
+    _each(min(len(clips.sized(config, "heldout", size).sizes), 2 * asked.prompts), size)
 
 
 def run(subject: Subject, asked: Asked) -> Found:
@@ -24,15 +35,10 @@ def run(subject: Subject, asked: Asked) -> Found:
     the other.
     """
     config = subject.config
-    s = config.sample
-    size = (s.frames, s.height, s.width)
-    if s.frames < i3d.LEAST:
-        raise ConfigError(f"--frames={s.frames}: I3D, which FVD sees clips through, expects {i3d.LEAST} or more")
+    size = clips.sample_size(config)
     params, digest = features_of(asked.features)
     real = clips.read(clips.sized(config, "heldout", size), 2 * asked.prompts)
-    count = len(real.clips) // 2
-    if count < 2:
-        raise ConfigError(f"{len(real.clips)} held-out clips of {clips.told(size)}: --suite fvd expects 4 or more")
+    count = _each(len(real.clips), size)
     one, other = real.clips[0 : 2 * count : 2], real.clips[1 : 2 * count : 2]
     prompts = [clip.caption for clip in other]
     drawn = subject.draw(prompts, range(asked.seed, asked.seed + count))
@@ -60,6 +66,13 @@ def run(subject: Subject, asked: Asked) -> Found:
     }
     pairs = [video for clip, own in zip(other, drawn, strict=True) for video in (clip.video, own)]
     return Found(figures, decided_by, pairs[:36])
+
+
+def _each(count: int, size: clips.Size) -> int:
+    """Clips of each of two sets of so many held-out clips; raises ConfigError for too few."""
+    if count < 4:
+        raise ConfigError(f"{count} held-out clips of {clips.told(size)}: --suite fvd expects 4 or more")
+    return count // 2
 
 
 def features_of(path: str) -> tuple[Any, str]:

@@ -1,12 +1,14 @@
 """The suite `heldout`: the loss on held-out clips over a fixed grid of noise levels × durations × resolutions.
 
-What training logs as held-out loss is of the sizes as they come (`evaluation/heldout.py`). Here each size is measured
-on its own, each of its clips once, with noise that is the same whatever the batch and the devices. All sizes are packed
-in rows of one shape, so there is one compile.
+What training logs as held-out loss is of the sizes as they come, at levels of the run's own distribution
+(`evaluation/heldout.py`). Here the levels are the same for every size and every run, so that a run that trains at
+easier ones gains nothing by it. Each size is measured on its own, each of its clips once, with noise that is the same
+whatever the batch and the devices. All sizes are packed in rows of one shape, so there is one compile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,36 +26,48 @@ from vidgen.data.packing import Placed, Row, pack_bins
 from vidgen.data.progress import Progress
 from vidgen.data.sources import Source, Subset, open_source
 from vidgen.data.text import caption_lengths
-from vidgen.diffusion.generator import Generator
-from vidgen.diffusion.timesteps import evaluation_levels
+from vidgen.diffusion.generator import Experts, Generator
 from vidgen.evaluation import clips
 from vidgen.evaluation.clips import Size, told
-from vidgen.evaluation.heldout import LEVELS
 from vidgen.evaluation.suite import Asked, Found, Subject
 from vidgen.models import places
 from vidgen.objectives import flow
 from vidgen.parallel import processes
 from vidgen.parallel.mesh import batch_shardings
+from vidgen.tokenizers import base as tokenizers
 
+LEVELS = tuple((i + 0.5) / 8 for i in range(8))  # unless --levels says otherwise: the middles of eighths of 0 to 1
 SIZES = 8  # of the run's own that are measured at most, those of most clips first
+
+
+def check(config: ConfigDict, asked: Asked) -> None:
+    """Raises ConfigError where there is nothing to measure at these levels and sizes."""
+    within(config, asked.levels or LEVELS)
+    for size in _sizes(config, asked)[0]:
+        clips.sized(config, "heldout", size)
 
 
 def run(subject: Subject, asked: Asked) -> Found:
     """heldout_loss: the mean over the grid, every size and level alike; heldout_loss/SIZE: over the levels of a size.
 
-    Levels are the middles of eighths of the levels trained on. Of a source of files, the clips of a size are those that
+    levels: those of `asked.levels` that the run trained on. Of a source of files, the clips of a size are those that
     are at least as large, cut to it, so that a large clip may count at several sizes. `grid` has a row a size: its
-    clips and tokens, levels, the loss at each, and their mean. The loss is the run's own, in the space and with the
-    weights of config.objective: it compares runs with one objective and one tokenizer.
+    clips and tokens, the loss at each level, and their mean.
+
+    The loss is the mean squared error in the space of config.objective.loss: it compares runs that have that and the
+    tokenizer in common, whatever their shift, time_mean and time_std are, and runs with another loss don't compare. An
+    error in another space, config.objective.prediction, is converted by a weight (`path.loss_weight`) that stops
+    growing below config.objective.time_min and above 1 - time_min: at such levels, none of the usual ones unless
+    time_min exceeds 0.0625, runs with different predictions don't compare either.
     """
     config, generator = subject.config, subject.generator
     geometry = generator.tokenizer.geometry
-    own, notes = (asked.sizes, []) if asked.sizes else own_sizes(config, geometry)
-    for size in own:
-        check(config, geometry, size)
+    levels, notes = within(config, asked.levels or LEVELS)
+    own, left_out = _sizes(config, asked)
+    notes += left_out
     tokens = max(config.rows.tokens, *(geometry.tokens(*size) for size in own))
     config = configs.override(config, {"rows.tokens": tokens})
-    measure = _Measure(config, generator)
+    measure = _Measure(config, generator, levels)
     plans = []
     for size in own:
         source = clips.sized(config, "heldout", size)
@@ -62,7 +76,7 @@ def run(subject: Subject, asked: Asked) -> Found:
     progress = Progress("heldout", sum(len(rows) for *_, rows in plans))
     grid, unread, done = [], 0, 0
     for size, chosen, rows in plans:
-        total, trained, read = np.zeros(LEVELS), 0.0, 0
+        total, trained, read = np.zeros(len(levels)), 0.0, 0
         for first in range(0, len(rows), measure.batch):
             errors, weight, count = measure(subject.params, chosen, rows, first, asked.seed)
             total, trained, read = total + errors, trained + weight, read + count
@@ -71,7 +85,6 @@ def run(subject: Subject, asked: Asked) -> Found:
         if not read:
             raise ConfigError(f"config.data.source={config.data.source}: none of {len(chosen)} clips could be read")
         unread += len(chosen) - read
-        levels = evaluation_levels(config.objective, np.float32(geometry.tokens(*size)), LEVELS)
         by_level = (total / trained).tolist()
         grid.append(
             {
@@ -79,7 +92,6 @@ def run(subject: Subject, asked: Asked) -> Found:
                 "clips": read,
                 "tokens": int(trained),
                 "loss": float(np.mean(by_level)),
-                "levels": np.asarray(levels, np.float64).round(6).tolist(),
                 "by_level": by_level,
             }
         )
@@ -87,9 +99,13 @@ def run(subject: Subject, asked: Asked) -> Found:
     notes += clips.seen_note(config) + ([f"{unread} held-out clips could not be read"] if unread else [])
     figures = {"heldout_loss": float(np.mean([row["loss"] for row in grid]))}
     figures |= {f"heldout_loss/{row['size']}": row["loss"] for row in grid}
-    figures |= {"clips": sum(row["clips"] for row in grid), "grid": grid, "table": _table(grid), "notes": notes}
+    rows = [[row["size"], row["clips"], row["loss"], *row["by_level"]] for row in grid]
+    table = {"head": ["frames x height x width", "clips", "mean", *(f"t={t:g}" for t in levels)], "rows": rows}
+    figures |= {"clips": sum(row["clips"] for row in grid), "levels": list(levels), "grid": grid, "table": table}
+    figures["notes"] = notes
     decided_by = {
-        "sizes": {row["size"]: {"clips": row["clips"], "levels": row["levels"]} for row in grid},
+        "sizes": {row["size"]: {"clips": row["clips"]} for row in grid},
+        "levels": list(levels),
         "clips": {
             "split": "heldout",
             "fingerprint": clips.fingerprint([chosen.fingerprint for _, chosen, _ in plans]),
@@ -100,11 +116,33 @@ def run(subject: Subject, asked: Asked) -> Found:
     return Found(figures, decided_by)
 
 
-def _table(grid: list[dict[str, Any]]) -> dict[str, Any]:
-    same = all(row["levels"] == grid[0]["levels"] for row in grid)
-    named = [f"t={t:.3f}" for t in grid[0]["levels"]] if same else [f"level {i}" for i in range(LEVELS)]
-    rows = [[row["size"], row["clips"], row["loss"], *row["by_level"]] for row in grid]
-    return {"head": ["frames x height x width", "clips", "mean", *named], "rows": rows}
+def within(config: ConfigDict, levels: Sequence[float]) -> tuple[tuple[float, ...], list[str]]:
+    """Those of the levels that the run trained on, and what was left out; raises ConfigError where none is."""
+    least, most = config.objective.time_range
+    kept = tuple(t for t in levels if least <= t <= most)
+    if not kept:
+        raise ConfigError(
+            f"--levels={told_levels(levels)}: the run trained on none of them but on those within "
+            f"config.objective.time_range=({least:g}, {most:g}); expected one of these, such as "
+            f"--levels={(least + most) / 2:g}"
+        )
+    rest = [t for t in levels if t not in kept]
+    about = f"trained on noise levels of {least:g} to {most:g} alone (config.objective.time_range)"
+    return kept, [f"{about}: of the grid, {told_levels(rest)} are left out"] if rest else []
+
+
+def told_levels(levels: Sequence[float]) -> str:
+    """As --levels takes them."""
+    return ",".join(map(str, levels))
+
+
+def _sizes(config: ConfigDict, asked: Asked) -> tuple[Sequence[Size], list[str]]:
+    """The sizes to measure, and what was left out; raises ConfigError for one that can't be measured."""
+    geometry = tokenizers.geometry_from_config(config.tokenizer, config.vae)
+    sizes, notes = (asked.sizes, []) if asked.sizes else own_sizes(config, geometry)
+    for size in sizes:
+        check_size(config, geometry, size)
+    return sizes, notes
 
 
 def own_sizes(config: ConfigDict, geometry: Any) -> tuple[list[Size], list[str]]:
@@ -126,7 +164,7 @@ def own_sizes(config: ConfigDict, geometry: Any) -> tuple[list[Size], list[str]]
     return [tuple(found[i].tolist()) for i in sorted(order[:SIZES])], notes
 
 
-def check(config: ConfigDict, geometry: Any, size: Size) -> None:
+def check_size(config: ConfigDict, geometry: Any, size: Size) -> None:
     """Raises ConfigError for a size that does not cut into whole tokens, or is too large for the model."""
     if geometry.fit(*size) != tuple(size):
         raise ConfigError(
@@ -155,19 +193,24 @@ def rows_of(source: Source, size: Size, config: ConfigDict, generator: Generator
 
 
 class _Measure:
-    """The jitted sums over a batch of rows, all of one shape."""
+    """The jitted sums at `levels` over a batch of rows, all of one shape."""
 
-    def __init__(self, config: ConfigDict, generator: Generator):
+    def __init__(self, config: ConfigDict, generator: Generator, levels: Sequence[float]):
         mesh = generator.mesh
         over = mesh.size if mesh is not None else 1
         self.batch = -(-config.rows.count // over) * over
         self._config, self._generator, self._mesh = config, generator, mesh
+        self._levels = np.asarray(levels, np.float32)
         where = NamedSharding(mesh, P()) if mesh is not None else None
 
-        def sums(params, batch: TokenBatch, seed: jax.Array, numbers_B: jax.Array):
+        def sums(params, batch: TokenBatch, levels_N: jax.Array, seed: jax.Array, numbers_B: jax.Array):
             # A key a row of the size, whatever batch it is in.
             keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(numbers_B)
-            found = flow.heldout_sums(generator, params, batch, keys, config.objective, LEVELS, config.control)
+
+            def levels_of(tokens_BxK):
+                return jnp.broadcast_to(levels_N[:, None, None], (len(levels_N), *tokens_BxK.shape))
+
+            found = flow.heldout_sums(generator, params, batch, keys, config.objective, levels_of, config.control)
             return *found, jnp.sum(batch.clip >= 0)
 
         self._sums = jax.jit(sums, out_shardings=where)
@@ -175,7 +218,7 @@ class _Measure:
     def __call__(
         self, params: Any, source: Source, rows: list[Row], first: int, seed: int
     ) -> tuple[np.ndarray, float, int]:
-        """(summed errors at each level [LEVELS] f64, tokens, clips) of the rows from `first` on."""
+        """(summed errors at each of the N levels [N] f64, tokens, clips) of the rows from `first` on."""
         some = rows[first : first + self.batch]
         some = some + [()] * (self.batch - len(some))
         tokenizer, text = self._generator.tokenizer, self._generator.text
@@ -184,5 +227,16 @@ class _Measure:
         numbers = np.arange(first, first + self.batch, dtype=np.uint32)
         if self._mesh is not None:
             batch = processes.put(batch, batch_shardings(self._mesh, batch))
-        errors, weight, count = jax.device_get(self._sums(params, batch, np.uint32(seed), numbers))
-        return np.asarray(errors, np.float64), float(weight), int(count)
+        total = np.zeros(len(self._levels))
+        for own, at in _experts(params, self._levels):
+            errors, weight, count = jax.device_get(self._sums(own, batch, self._levels[at], np.uint32(seed), numbers))
+            total[at] = errors
+        return total, float(weight), int(count)
+
+
+def _experts(params: Any, levels_N: np.ndarray) -> list[tuple[Any, np.ndarray]]:
+    """(weights, at which of the levels they are measured, [N] bool): of two denoisers each where it would draw."""
+    if not isinstance(params, Experts):
+        return [(params, levels_N >= 0)]
+    high = levels_N >= params.boundary
+    return [(own, at) for own, at in ((params.high, high), (params.low, ~high)) if at.any()]

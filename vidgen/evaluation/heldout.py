@@ -17,6 +17,7 @@ from vidgen.batch import TokenBatch
 from vidgen.data import feed
 from vidgen.data.sources import open_source
 from vidgen.diffusion.generator import Generator
+from vidgen.diffusion.timesteps import evaluation_levels
 from vidgen.objectives import flow
 from vidgen.training.step import row_keys
 
@@ -37,11 +38,12 @@ def heldout_loss(config: ConfigDict, generator: Generator, mesh: Mesh) -> Callab
     packing = feed.plan(source, tokenizer, config, text)
     steps = max(1, -(-config.train.eval_rows // config.rows.count))
     place = feed.Placement(mesh, config, tokenizer, text)
+    levels_of = functools.partial(evaluation_levels, config.objective, count=LEVELS)
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
     def sums(params, batch, step):
         keys = row_keys(config.seed + 1, step, config.rows.count)  # not the keys that this step trains with
-        errors, weight = flow.heldout_sums(generator, params, batch, keys, config.objective, LEVELS, config.control)
+        errors, weight = flow.heldout_sums(generator, params, batch, keys, config.objective, levels_of, config.control)
         return errors, weight, jnp.sum(batch.clip >= 0)
 
     def rows(n: int) -> TokenBatch:

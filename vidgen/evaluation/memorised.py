@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from vidgen import perceptual
 from vidgen.config import ConfigError
@@ -52,6 +53,11 @@ def clips(source: Source, geometry: Geometry, count: int) -> tuple[list[Wanted],
         video = cut(clip.video, 0, frames, height, width)
         found.append(Wanted(source.name(index), clip.caption, video, clip.fps))
     return found, dict(unused)
+
+
+def check(config: ConfigDict, asked: Asked) -> None:
+    """Raises ConfigError where there are no training clips."""
+    open_source(config.data, "train")
 
 
 def run(subject: Subject, asked: Asked) -> Found:

@@ -18,6 +18,11 @@ from vidgen.evaluation.suite import Asked, Found, Subject
 from vidgen.objectives import lpips
 
 
+def check(config: ConfigDict, asked: Asked) -> None:
+    """Raises ConfigError where there are no prompts of the samples' size."""
+    _prompts(config, asked)
+
+
 def run(subject: Subject, asked: Asked) -> Found:
     """Held-out combinations of attributes, judged by parsing the clips; see `evaluation/moving_shapes.py`."""
     prompts = _prompts(subject.config, asked)
@@ -27,20 +32,24 @@ def run(subject: Subject, asked: Asked) -> Found:
     return Found(figures, _decided_by(prompts), videos[:36])
 
 
-def run_first_frame(subject: Subject, asked: Asked) -> Found:
-    """The same, given the true clip's first frame beside its caption, and how well that frame comes back.
-
-    psnr_first: mean, dB; psnr_first_least: the worst clip's; ssim_first, lpips_first: means, None where frames are too
-    small or the extra [perceptual] is missing. Shows truths and what was drawn.
-    """
-    config = subject.config
+def check_first_frame(config: ConfigDict, asked: Asked) -> None:
+    """Raises ConfigError for another source of clips, and a model that was not trained to be given first frames."""
     if config.data.source != "moving_shapes":
         raise ConfigError(
             f"config.data.source={config.data.source}: the suite first_frame judges moving shapes; expected a run on "
             "data.source=moving_shapes"
         )
     given.check_kind(config, "first")
-    prompts = _prompts(config, asked)
+    check(config, asked)
+
+
+def run_first_frame(subject: Subject, asked: Asked) -> Found:
+    """The same, given the true clip's first frame beside its caption, and how well that frame comes back.
+
+    psnr_first: mean, dB; psnr_first_least: the worst clip's; ssim_first, lpips_first: means, None where frames are too
+    small or the extra [perceptual] is missing. Shows truths and what was drawn.
+    """
+    prompts = _prompts(subject.config, asked)
     truths = [render(p.scene, p.frames, p.height, p.width) for p in prompts]
     starts = [given.Given(first=truth[0]) for truth in truths]
     videos = subject.draw([p.text for p in prompts], _seeds(asked), given=starts)
@@ -67,8 +76,8 @@ def _seeds(asked: Asked) -> range:
 
 def _prompts(config: ConfigDict, asked: Asked) -> list[moving_shapes.Prompt]:
     """Prompts of held-out combinations at the size of the run's samples."""
-    size = (config.sample.frames, config.sample.height, config.sample.width)
-    shapes = configs.override(config, {"data.moving_shapes.sizes": (size,)}).data.moving_shapes
+    sizes = (clips.sample_size(config),)
+    shapes = configs.override(config, {"data.moving_shapes.sizes": sizes}).data.moving_shapes
     return moving_shapes.prompts(shapes, asked.prompts, asked.seed)
 
 

@@ -39,13 +39,15 @@ class Asked:
       clips: how many clips of a data set are looked at.
       seed: of prompts and noise.
       sizes: (frames, height, width) of the held-out loss; none: the run's own.
+      levels: noise levels of the held-out loss, in (0, 1), from little noise to much; none: `grid.LEVELS`.
       features: file of the weights of the network that FVD sees clips through; empty: that of the extra [perceptual].
     """
 
     prompts: int
-    clips: int
-    seed: int
+    clips: int = 0
+    seed: int = 0
     sizes: tuple[tuple[int, int, int], ...] = ()
+    levels: tuple[float, ...] = ()
     features: str = ""
 
 
@@ -72,13 +74,16 @@ class Suite:
     """A suite of a denoiser.
 
     Attributes:
-      run: what it does.
+      run: what it does; it may count on `check`.
+      check: raises ConfigError where a run of this config, with its `config.sample`, can't be judged. Looks at the
+        config and at indices of data sets, at no checkpoint.
       flags: of `vidgen evaluate` that it looks at, beside --workdir, --step and --seed.
       clips: what --clips is unless given.
       version: one more whenever the same weights and settings give other figures than before.
     """
 
     run: Callable[[Subject, Asked], Found]
+    check: Callable[[ConfigDict, Asked], None]
     flags: frozenset[str]
     clips: int = 0
     version: int = 1

@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from vidgen import perceptual
-from vidgen.config import ConfigError
 from vidgen.data.progress import Progress
 from vidgen.evaluation import clips, motion, quality
 from vidgen.evaluation.suite import Asked, Found, Subject, mean
@@ -24,16 +24,19 @@ MEASURES = ("temporal_flickering", "motion_smoothness", "dynamic", "motion", "su
 LEAST = 3  # frames: motion smoothness looks at one between two
 
 
+def check(config: ConfigDict, asked: Asked) -> None:
+    """Raises ConfigError where clips are too short or there are no held-out ones."""
+    clips.check_frames(config, "vbench", LEAST, "measures motion")
+    clips.sized(config, "heldout", clips.sample_size(config))
+
+
 def run(subject: Subject, asked: Asked) -> Found:
     """Clips drawn from captions of held-out clips, and those clips: means of what `measured` gives of each.
 
     dynamic_degree: share of the clips that are dynamic. The real clips' are real_…, and stand in the table.
     """
     config = subject.config
-    s = config.sample
-    size = (s.frames, s.height, s.width)
-    if s.frames < LEAST:
-        raise ConfigError(f"--frames={s.frames}: --suite vbench measures motion; expected {LEAST} or more")
+    s, size = config.sample, clips.sample_size(config)
     real = clips.read(clips.sized(config, "heldout", size), asked.prompts)
     prompts = [clip.caption for clip in real.clips]
     drawn = subject.draw(prompts, range(asked.seed, asked.seed + len(prompts)))

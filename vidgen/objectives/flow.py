@@ -16,7 +16,7 @@ from vidgen.config import ConfigError
 from vidgen.data.text import BEGIN
 from vidgen.diffusion import path
 from vidgen.diffusion.generator import Generator
-from vidgen.diffusion.timesteps import evaluation_levels, logit_normal
+from vidgen.diffusion.timesteps import logit_normal
 from vidgen.models.blocks import pick
 
 NOTHING = ConfigDict({"masks": (), "channels": "none"}).lock()  # `config.control` of a run without controls
@@ -141,11 +141,12 @@ def heldout_sums(
     batch: TokenBatch,
     keys_B: jax.Array,
     objective: ConfigDict,
-    count: int,
+    levels_of: Callable[[jax.Array], jax.Array],
     control: ConfigDict = NOTHING,
 ) -> tuple[jax.Array, jax.Array]:
-    """(summed error at each of `count` fixed noise levels [count], trained tokens); only the noise is random.
+    """(summed error at each of N fixed noise levels [N], trained tokens); only the noise is random.
 
+    `levels_of`: tokens of each clip [B,K] → the N noise levels that it is measured at [N,B,K], in (0, 1).
     Nothing is given of the clips here, so that figures of runs with different masks can be compared, and a learned
     tokenizer's latents are the means of their posteriors.
     """
@@ -153,7 +154,7 @@ def heldout_sums(
     batch = batch.replace(tokens=generator.tokenizer.latents(batch.tokens, None))
     segments = batch.clip.shape[1]
     _, _, noise = row_randomness(keys_B, segments, batch.tokens.shape[1:])
-    grid = evaluation_levels(objective, segment_tokens(batch, segments), count)
+    grid = levels_of(segment_tokens(batch, segments))
     batch = generator.encode_context(params, batch)
 
     def at(levels):
