@@ -241,6 +241,36 @@ def test_credentials_in_a_config_are_found(key, value):
     assert secrets.credentials(configs._leaves(make_tiny())) == []
 
 
+GUARDED = """
+import logging, sys, threading
+from vidgen import secrets
+
+secrets.guard()
+secrets.guard()
+held = "https://store/a?X-Goog-Signature=0123abcd token=hf_" + "Qx7" * 10
+logging.getLogger("some.library").warning("asked for %s", held)
+try:
+    raise OSError(held)
+except OSError:
+    logging.exception("it failed")
+thread = threading.Thread(target=lambda: int(held))
+thread.start()
+thread.join()
+raise RuntimeError(held)
+"""
+
+
+def test_tracebacks_and_logs_hold_no_credential():
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("Traceback") == 3 and done.stderr.count("it failed") == 1
+    assert "asked for https://store/a?X-Goog-Signature=***" in done.stderr
+    assert "RuntimeError: https://store/a?X-Goog-Signature=***" in done.stderr.splitlines()[-1]
+    assert "0123abcd" not in done.stderr and "hf_Qx7" not in done.stderr
+
+
 def test_no_file_of_a_workdir_holds_a_secret_of_the_environment(tmp_path, monkeypatch, capfd):
     for name, value in PLANTED.items():
         monkeypatch.setenv(name, value)

@@ -19,6 +19,7 @@ from vidgen import train
 from vidgen.config import ConfigError
 from vidgen.data.clip import BadClip
 from vidgen.data.moving_shapes import MovingShapes
+from vidgen.parallel.processes import Restartable
 from vidgen.training import metrics, restored
 from vidgen.training.checkpoint import Checkpoints, read_config
 from vidgen.training.resilience import only_one
@@ -148,6 +149,17 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_used(straight, tm
         emptied(tmp_path / "checkpoints" / step)
     with pytest.raises(ConfigError, match="none of the checkpoints is good"):
         train.run(config(), str(tmp_path))
+
+
+def test_where_checkpoints_are_out_of_sight_nothing_is_started_from_nothing(straight, tmp_path):
+    """As where the disk that they lie on is mounted later than the run is started."""
+    workdir, _ = straight
+    for name in ("goodput.jsonl", "metrics.jsonl"):
+        shutil.copy(workdir / name, tmp_path / name)
+    before = metrics.read(str(tmp_path))
+    with pytest.raises(Restartable, match=r"holds no checkpoint, though one of step \d was saved: is the disk there"):
+        train.run(config(), str(tmp_path))
+    assert metrics.read(str(tmp_path)) == before
 
 
 @pytest.mark.parametrize("steps", [6, 7])

@@ -55,9 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(0)
     values = _parse(name, VERBS[name], rest)
     as_json = values.pop("json")
+    from vidgen import secrets
     from vidgen.config import ConfigError
     from vidgen.planning import libtpu
 
+    secrets.guard()
     libtpu.settle()  # else it complains, where it is installed and there is no TPU
     try:
         result = VERBS[name].call(**values)
@@ -80,9 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     code = result.pop("exit", 0)
     if as_json:
-        from vidgen.secrets import redacted
-
-        print(json.dumps(redacted(plain(result)), ensure_ascii=False, default=str))
+        print(json.dumps(secrets.redacted(plain(result)), ensure_ascii=False, default=str))
     sys.exit(code)
 
 

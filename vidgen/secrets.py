@@ -7,7 +7,12 @@ goes on, and what is blanked out there could not be used. Text on its way to peo
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+import sys
+import threading
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,6 +86,33 @@ def redacted(value: Any) -> Any:
         items = [redacted(item) for item in value]
         return items if isinstance(value, list) else tuple(items)
     return value
+
+
+def guard() -> None:
+    """From here on this process writes no credential in a traceback or a line of Python's logging.
+
+    What libraries of another language write to stderr by themselves does not pass through here.
+    """
+
+    def told(kind: type[BaseException], error: BaseException | None, trace: Any) -> None:
+        print(redacted("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
+
+    def in_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_type is not SystemExit:
+            told(args.exc_type, args.exc_value, args.exc_traceback)
+
+    def made(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = before(*args, **kwargs)
+        with contextlib.suppress(TypeError, ValueError):  # arguments that don't fit; logging itself says so
+            record.msg, record.args = redacted(record.getMessage()), ()
+        if record.exc_info and record.exc_info[0]:
+            record.exc_text = redacted("".join(traceback.format_exception(*record.exc_info))).rstrip("\n")
+        return record
+
+    before = logging.getLogRecordFactory()
+    sys.excepthook, threading.excepthook = told, in_thread
+    if before.__module__ != __name__:  # not twice
+        logging.setLogRecordFactory(made)
 
 
 def credentials(settings: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from vidgen import config as configs
 from vidgen import evaluate, train
 from vidgen.config import ConfigError
+from vidgen.evaluation.suite import Asked
 from vidgen.scaling import budgets, manifest
 from vidgen.scaling.algebra import Point, Space, chain, product
 from vidgen.scaling.local import Local
@@ -165,6 +166,9 @@ def planned(sweep: Sweep) -> Manifest:
             config = configs.load(sweep.config, one.settings)
             train.check(config)
             size = budgets.size_of(config)
+            # Too late when a run is to be judged. Clips may lie where the jobs run and not here: jobs find out then.
+            if config.data.source == "moving_shapes" or os.path.isdir(config.data.source):
+                evaluate.check(config, sweep.suites, Asked(sweep.prompts))
         except ConfigError as e:
             raise ConfigError(f"run {one.name}: {e}") from None
         if (other := same.setdefault(configs.to_json(config), one.name)) != one.name:

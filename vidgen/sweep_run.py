@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from vidgen import evaluate, train
+from vidgen import evaluate, secrets, train
 from vidgen.config import ConfigError
 from vidgen.scaling import budgets, manifest
 from vidgen.scaling.manifest import Manifest, Run
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         try:
             found = measured(sweep, run, manifest.workdir(folder, name))
         except Exception as e:  # whatever ends a run is its result
-            traceback.print_exc()
+            print(secrets.redacted(traceback.format_exc()), file=sys.stderr)
             found = {"status": "failed", "error": one_line(e)}
         if found["status"] == "stopped":
             return 128 + signal.Signals[found["by"]]
@@ -85,7 +85,7 @@ def measured(sweep: Manifest, run: Run, workdir: str) -> dict[str, Any]:
         try:
             found = evaluate.run(workdir, suite, **({"prompts": sweep.prompts} if takes else {}))
         except Exception as e:  # the loss stands all the same, and another try needs only to judge
-            traceback.print_exc()
+            print(secrets.redacted(traceback.format_exc()), file=sys.stderr)
             return {"status": "failed", "error": f"--suite {suite}: {one_line(e)}"} | figures
         figures |= {f"{suite}.{key}": value for key, value in numbers(found).items()}
     return {"status": "done", "error": ""} | figures
@@ -93,7 +93,7 @@ def measured(sweep: Manifest, run: Run, workdir: str) -> dict[str, Any]:
 
 def one_line(e: Exception) -> str:
     """What a table says of an error."""
-    return " ".join(f"{type(e).__name__}: {e}".split())[:500]
+    return secrets.redacted(" ".join(f"{type(e).__name__}: {e}".split()))[:500]
 
 
 def seconds(rows: list[Mapping[str, Any]]) -> float | None:
@@ -114,6 +114,7 @@ def numbers(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    secrets.guard()
     try:
         sys.exit(main(sys.argv[1:]))
     except ConfigError as error:

@@ -20,6 +20,7 @@ from vidgen import secrets, train_denoiser, train_vae
 from vidgen.config import ConfigError, to_json
 from vidgen.data.quarantine import Quarantine
 from vidgen.parallel import fingerprints, processes
+from vidgen.parallel.processes import Restartable
 from vidgen.planning.hardware import peak_flops
 from vidgen.studio import media
 from vidgen.training import checkpoint, guards, metrics, optimizers, provenance, restored
@@ -89,7 +90,7 @@ def _run(config: ConfigDict, workdir: str, stack: contextlib.ExitStack, stop: St
     watch = stack.enter_context(Watchdog(workdir, 0.0 if of_the_user() else config.train.hang))
     _compare(program, course)
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.train)))
-    state, facts = begin(program, course, checkpoints, progress.say)
+    state, facts = begin(program, course, checkpoints, progress.say, processes.agree(ledger.on_disk))
     start = int(state.step)
     owed = processes.agree(_owed(start, config, workdir))  # of the last step as well
     if start >= total and not any(owed):
@@ -194,19 +195,26 @@ def _window(config: ConfigDict) -> tuple[int, ...]:
 
 
 def begin(
-    program: Program, course: Course, checkpoints: Checkpoints, say: Callable[[str], None]
+    program: Program, course: Course, checkpoints: Checkpoints, say: Callable[[str], None], saved: int
 ) -> tuple[TrainState, dict[str, Any]]:
     """(state, facts that checkpoints keep): made or restored straight into the shardings of the program.
 
     `say` is told of checkpoints that are damaged, of which the newest good one is taken, and of another code version.
+    `saved` is a step that is known to have been saved.
 
-    Raises ConfigError if it was trained on other clips, on latents of another VAE or text of another encoder, or from
-    other weights, and where there are checkpoints and none is good.
+    Raises Restartable where one was saved and there is none, as where a disk is not mounted yet; ConfigError if it was
+    trained on other clips, on latents of another VAE or text of another encoder, or from other weights, and where there
+    are checkpoints and none is good.
     """
     start = program.task.start
     own = {"fingerprint": course.source.fingerprint, "tokenizer": course.tokenizer, "text": course.text}
     own |= {"weights": start.digest if start else "", "config": to_json(program.config)}
     latest = checkpoints.newest_good(say)
+    if latest is None and saved:
+        raise Restartable(
+            f"{checkpoints.where} holds no checkpoint, though one of step {saved} was saved: is the disk there that they "
+            "lie on? To start from nothing, take another --workdir, or delete this one"
+        )
     if latest is None:
         return program.init(), own | {"tokens_seen": 0.0}
     facts = checkpoints.facts(latest)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from vidgen import config as configs
 from vidgen.config import ConfigError
-from vidgen.training import checkpoint, locations, provenance
+from vidgen.training import checkpoint, checksums, locations, provenance
 from vidgen.training import state as states
 from vidgen.training.checkpoint import Checkpoints
 
@@ -226,6 +226,24 @@ def test_a_disk_that_is_full_ends_the_run_with_the_reason_and_loses_nothing(tmp_
         again.close()
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, opened, monkeypatch):
+    """What the system only remembers is gone after a power cut, and with it what the name stands for."""
+    settled = []
+
+    def fsync(descriptor):
+        settled.append((os.readlink(f"/proc/self/fd/{descriptor}"), (tmp_path / "checkpoints/1").exists()))
+
+    monkeypatch.setattr(checksums.os, "fsync", fsync)
+    checkpoints = opened(tmp_path, keep())
+    checkpoints.save(make_state(1), {})
+    checkpoints.wait()
+    committed = tmp_path / "checkpoints/1"
+    there = {str(path.relative_to(committed)) for path in committed.rglob("*")} | {"."}
+    before = [os.path.relpath(path, f"{committed}.orbax-checkpoint-tmp") for path, named in settled if not named]
+    assert there == set(before) and "vidgen.sha256" in there and "_CHECKPOINT_METADATA" in there
+    assert settled[-1] == (str(tmp_path / "checkpoints"), True)
 
 
 def test_a_folder_that_vanished_is_said_by_check(tmp_path):

@@ -54,6 +54,22 @@ def known(found, **expected):
     assert {kind: round(found[kind], 2) for kind in KINDS} == dict.fromkeys(KINDS, 0.0) | expected
 
 
+def test_what_has_certainly_been_saved_is_known_to_the_next_attempt(tmp_path, clock):
+    first = begin(tmp_path, clock)
+    assert first.on_disk == 0
+    steps(first, clock, 1, 6)  # the checkpoint of step 5 is under way, and was perhaps cut off
+    first.close()
+    second = begin(tmp_path, clock)
+    assert second.on_disk == 0
+    steps(second, clock, 1, 12)  # that of step 10 began when the one of step 5 had ended
+    second.close()
+    third = begin(tmp_path, clock, step=5)
+    assert third.on_disk == 5
+    third.resumed(10)
+    third.close()
+    assert begin(tmp_path, clock, step=10).on_disk == 10
+
+
 def test_time_is_of_the_innermost_kind(tmp_path, clock):
     ledger = Ledger(str(tmp_path), clock, start=clock.now - 5)
     ledger.resumed(0)

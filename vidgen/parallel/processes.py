@@ -285,7 +285,7 @@ def as_one(verb: str) -> Iterator[None]:
         if alone():
             raise
         if not isinstance(e, ConfigError | OSError | KeyboardInterrupt | SystemExit | jax.errors.JaxRuntimeError):
-            traceback.print_exc()
+            print(redacted(traceback.format_exc()), file=sys.stderr, end="")
         text = " ".join(str(e).split())[:1000] or type(e).__name__
         _leave(f"vidgen {verb}: {rank()}: error: {text}", exit_status(e), isinstance(e, KeyboardInterrupt))
 

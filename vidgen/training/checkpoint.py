@@ -146,7 +146,7 @@ class Checkpoints:
         if bad or aside:
             raise ConfigError(
                 f"{self._directory}: none of the checkpoints is good ({'; '.join(bad or aside)}); put one back from a "
-                "copy, or delete them all to start from nothing"
+                "copy, or take another workdir to start from nothing"
             )
         return None
 

@@ -7,6 +7,7 @@ import concurrent.futures
 import dataclasses
 import errno
 import hashlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -101,7 +102,12 @@ def committed(root: epath.Path) -> type[atomicity.TemporaryPathBase]:
             else:
                 (folder / COMMIT).write_text(text)
                 write(folder)
+                for path in (*_files(folder), SEAL):
+                    _settle(folder / path)
+                for path in _folders(folder):
+                    _settle(path)
                 folder.rename(self.get_final())
+                _settle(root)  # before an older checkpoint is deleted for this one
 
     return Committed
 
@@ -113,6 +119,27 @@ def _files(folder: epath.Path, inside: str = "") -> Iterator[str]:
             yield from _files(folder, name)
         elif name != SEAL:
             yield name
+
+
+def _folders(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _folders(path)
+    yield folder
+
+
+def _settle(path: epath.Path) -> None:
+    """Until a file, or a folder's list of them, is on the disk itself: what the system only remembers, a power cut
+    takes. Of the arrays' files tensorstore has seen to it, so that this is done at once.
+    """
+    there = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(there)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.EROFS):  # a file system that knows no such thing
+            raise
+    finally:
+        os.close(there)
 
 
 def _damage(folder: epath.Path, path: str, listed: dict[str, str]) -> Damage | None:

@@ -67,6 +67,8 @@ class Account:
     def __init__(self, rows: Iterable[dict[str, Any]] = ()):
         self.attempts: list[Attempt] = []
         self.measured: dict[str, float] = {}  # by the last attempt itself, seconds that were lost among the steps'
+        self.on_disk = 0  # a step of which a checkpoint has been there for certain
+        self._saving = 0  # one that is perhaps not there yet
         self._at = 0  # the step from which the next ones count
         self._under_way = 0.0  # seconds of the step after it
         self._runs: list[tuple[int, int, float, int]] = []  # (after step, to step, seconds, attempt): what counts
@@ -81,8 +83,11 @@ class Account:
             return
         attempt = self.attempts[-1]
         self._measure(attempt, row)
+        if row.get("saved"):  # it has begun, and the one before has ended
+            self.on_disk, self._saving = max(self.on_disk, self._saving), self._at
         if "resumed" in row:
             attempt.first = attempt.last = int(row["resumed"])
+            self.on_disk = max(self.on_disk, attempt.first)
             self._back_to(attempt.first)
         attempt.finished |= bool(row.get("finished"))
 
@@ -96,7 +101,7 @@ class Account:
         if before and not before.finished:
             seconds["down"] = max(0.0, start - before.end)
             self._lose(-1, self._under_way)
-        self._under_way = 0.0
+        self._under_way, self._saving = 0.0, 0
         self.attempts.append(Attempt(start, start, seconds))
         self.measured = dict.fromkeys(KINDS, 0.0)
 
@@ -165,6 +170,11 @@ class Ledger:
         self._step: int | None = None
         self._journal = Journal(os.path.join(workdir, FILE), say=say) if workdir else None
         self._row(start=self._mark)
+
+    @property
+    def on_disk(self) -> int:
+        """A step of which an attempt before this one has certainly left a checkpoint; 0: of none."""
+        return self._account.on_disk
 
     def resumed(self, step: int) -> None:
         """The attempt goes on after `step`: at its start, and when it rolls back. What was done beyond is lost."""
