@@ -212,8 +212,8 @@ def begin(
     latest = checkpoints.newest_good(say)
     if latest is None and saved:
         raise Restartable(
-            f"{checkpoints.where} holds no checkpoint, though one of step {saved} was saved: is the disk there that they "
-            "lie on? To start from nothing, take another --workdir, or delete this one"
+            f"{checkpoints.where} holds no checkpoint, though one of step {saved} was saved: is the disk there that "
+            "they lie on? To start from nothing, take another --workdir, or delete this one"
         )
     if latest is None:
         return program.init(), own | {"tokens_seen": 0.0}
