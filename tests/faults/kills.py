@@ -59,7 +59,7 @@ def trials(short: bool, seed: int) -> list[Trial]:
     rng = random.Random(f"kills {seed}")
     if short:
         blow = {"how": "coordinator", "moment": "saving", "at": rng.random(), "draw": rng.random()}
-        return [{"steps": 200, "blows": [blow]}]
+        return [{"steps": 100, "blows": [blow]}]
     runs = []
     for _ in range(10):
         blows = [{"how": rng.choice(HOWS), "moment": rng.choices(MOMENTS, SHARES)[0]} for _ in range(10)]
