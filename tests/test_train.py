@@ -162,6 +162,42 @@ def test_where_checkpoints_are_out_of_sight_nothing_is_started_from_nothing(stra
     assert metrics.read(str(tmp_path)) == before
 
 
+def test_a_workdir_that_is_removed_under_the_run_is_saved_again_and_said(straight, tmp_path, monkeypatch):
+    """Nobody could tell any more that it is at work there: its lock went as well."""
+    first, workdir = straight[0], tmp_path / "run"
+
+    def then(act):
+        """`act`, once, after the checkpoint of step 3."""
+
+        def save(self, *args, _save=Checkpoints.save, **kwargs):
+            _save(self, *args, **kwargs)
+            if self.latest == 3 or not self.steps:
+                self.wait()
+                act()
+                monkeypatch.setattr(Checkpoints, "save", _save)
+
+        monkeypatch.setattr(Checkpoints, "save", save)
+
+    then(lambda: shutil.rmtree(workdir))
+    with pytest.raises(Restartable, match="was removed while the run was at work: step 6 is saved there again"):
+        train.run(config(), str(workdir))
+    assert train.run(config(), str(workdir)).step == 6
+    a, b = saved(first, 6), saved(workdir, 6)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+    def replaced():
+        shutil.rmtree(workdir)
+        workdir.mkdir()
+        (workdir / "lock").touch()
+
+    shutil.rmtree(workdir)
+    then(replaced)
+    with pytest.raises(Restartable, match="was replaced while the run was at work: step 6 is not saved there"):
+        train.run(config(), str(workdir))
+    assert not (workdir / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("steps", [6, 7])
 def test_what_a_stop_left_undone_is_made_up_for(straight, tmp_path, steps):
     """A checkpoint of step 6 without its held-out loss and its samples, as a stop in between leaves it."""

@@ -35,7 +35,7 @@ from vidgen.training.meter import Meter
 from vidgen.training.metrics import MetricWriter, Progress
 from vidgen.training.profiler import Profiler
 from vidgen.training.program import Program, build, task_of
-from vidgen.training.resilience import StopSignal, of_the_user, only_one
+from vidgen.training.resilience import StopSignal, claim, of_the_user, only_one
 from vidgen.training.start import check_digest
 from vidgen.training.state import TrainState
 from vidgen.training.watchdog import Watchdog
@@ -118,6 +118,7 @@ def _run(config: ConfigDict, workdir: str, stack: contextlib.ExitStack, stop: St
         profiler=stack.enter_context(contextlib.closing(Profiler(_window(config), workdir))),
         quarantine=stack.enter_context(contextlib.closing(Quarantine(workdir, jax.process_index()))),
         writer=writer,
+        claim=claim(workdir) if lead else None,
     )
     if any(owed):
         loop.make_up(state, *owed)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from vidgen.data.quarantine import Quarantine
 from vidgen.data.stream import FeedInfo
 from vidgen.parallel import processes
+from vidgen.parallel.processes import Restartable
 from vidgen.training import incidents, metrics, planned
 from vidgen.training.checkpoint import Checkpoints
 from vidgen.training.course import Course
@@ -24,7 +25,7 @@ from vidgen.training.metrics import MetricWriter, Progress
 from vidgen.training.profiler import Profiler
 from vidgen.training.program import Program
 from vidgen.training.recheck import Recheck
-from vidgen.training.resilience import Breaks, Interrupted, StopSignal
+from vidgen.training.resilience import Breaks, Interrupted, StopSignal, claim
 from vidgen.training.state import TrainState
 from vidgen.training.step import Batch
 from vidgen.training.watchdog import Phase, Watchdog
@@ -51,6 +52,7 @@ class Loop:
       facts: that every checkpoint keeps.
       checkpoints, guards, meter, ledger, watch, stop, progress, profiler, quarantine: see there.
       writer: of the process that writes what a run has one of; None in all others.
+      claim: which lock that process holds, see `resilience.claim`.
       stopped_by: number of the signal that has ended the attempt; 0: none has.
       last: the last row of metrics.jsonl.
     """
@@ -69,6 +71,7 @@ class Loop:
     profiler: Profiler
     quarantine: Quarantine
     writer: MetricWriter | None
+    claim: tuple[int, int] | None
     stopped_by: int = 0
     last: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -226,12 +229,21 @@ class Loop:
 
     def _save(self, n: int, state: TrainState, temporary: bool, figures: dict[str, float]) -> None:
         self.watch.beat(n, "save")
+        lock = claim(self.workdir) if self.writer else self.claim
+        if lock not in (self.claim, None):
+            raise Restartable(f"{self.workdir} was replaced while the run was at work: step {n} is not saved there")
         with self.ledger.spent("save"):
             if self.writer:
                 self.writer.flush()  # what was measured up to here is on disk before the state is
             facts = self.facts | {"tokens_seen": self.meter.tokens_seen} | self.guards.facts()
             facts |= self.course.publish(state.ema, self.workdir)
             self.checkpoints.save(state, facts, temporary=temporary, metrics=figures)
+            if lock != self.claim:  # nobody could know any more that it is at work there
+                self.checkpoints.wait()
+                raise Restartable(
+                    f"{self.workdir} was removed while the run was at work: step {n} is saved there again, and the "
+                    "same command goes on from it"
+                )
         self._saved_at = time.monotonic()
 
     def _draw(self, n: int, state: TrainState) -> None:

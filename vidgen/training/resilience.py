@@ -184,6 +184,15 @@ def only_one(workdir: str) -> Iterator[None]:
         yield
 
 
+def claim(workdir: str) -> tuple[int, int] | None:
+    """Which WORKDIR/lock is there now, by its place on the disk; None: there is none."""
+    try:
+        found = os.stat(os.path.join(workdir, LOCK))
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def holder(workdir: str) -> int | None:
     """The process of this machine that is in `only_one` of a workdir; None: there is none; 0: it has not said yet."""
     try:
