@@ -1,3 +1,4 @@
+import errno
 import gc
 import threading
 import time
@@ -9,7 +10,9 @@ import pytest
 import text_weights
 from jax.sharding import Mesh
 
+from vidgen import passing
 from vidgen.config import ConfigError, base
+from vidgen.data import feed
 from vidgen.data.clip import BadClip, Clip, ClipSizes
 from vidgen.data.feed import batch_like, batches, host_rows, plan
 from vidgen.data.hosts import counted_rows, local_rows
@@ -18,6 +21,7 @@ from vidgen.data.text import BEGIN, VOCAB, encode_text
 from vidgen.geometry import Geometry, from_blocks
 from vidgen.objectives.flow import drop_captions
 from vidgen.parallel.mesh import AXES
+from vidgen.parallel.processes import exit_status
 from vidgen.text import frozen
 from vidgen.tokenizers.base import BlockTokenizer
 
@@ -342,3 +346,50 @@ def test_a_frozen_encoder_that_cannot_be_used_shows_before_the_first_row(encoder
     with pytest.raises(ConfigError, match="config.text.weights is empty"):
         batches(source, packing, tokenizer, config, 0, mesh(), planned)
     assert packing.steps_per_epoch and plan(source, tokenizer, config, planned).captions_cut == 0
+
+
+class Away:
+    """A source whose disk is away for so many reads."""
+
+    sizes = ClipSizes(*(np.array([n]) for n in (5, 16, 16)), np.array([8.0]), np.array([9]))
+
+    def __init__(self, error, times):
+        self.error, self.times, self.reads = error, times, 0
+
+    def name(self, index):
+        return "clip 0"
+
+    def read(self, index, epoch):
+        self.reads += 1
+        if self.reads <= self.times:
+            raise self.error
+        return Clip(np.zeros((5, 16, 16, 3), np.uint8), "a circle", 8.0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ESTALE, "Stale file handle"),
+        OSError(errno.EMFILE, "Too many open files"),
+        RuntimeError("UNAVAILABLE: the server is away"),
+        MemoryError(),
+    ],
+)
+def test_a_disk_that_is_away_is_no_fault_of_a_clips(monkeypatch, error):
+    monkeypatch.setattr(passing, "PAUSE", 0.0)
+    assert feed.read_clip(Away(error, 2), 0, 0).caption == "a circle"
+    with pytest.raises(ConfigError, match="reading clip clip 0 .* failed") as told:
+        feed.read_clip(Away(error, 3), 0, 0)
+    assert exit_status(told.value) == 75  # started again, it may be there
+
+
+def test_what_a_disk_can_not_read_costs_that_clip_and_what_is_broken_is_asked_once(monkeypatch):
+    monkeypatch.setattr(passing, "PAUSE", 0.0)
+    for error in (OSError(errno.EIO, "Input/output error"), RuntimeError("INTERNAL: pread: Input/output error")):
+        with pytest.raises(BadClip, match="the disk can't read it"):
+            feed.read_clip(Away(error, 3), 0, 0)
+    for error, kind in ((BadClip("truncated"), BadClip), (KeyError("video"), ConfigError)):
+        source = Away(error, 9)
+        with pytest.raises(kind):
+            feed.read_clip(source, 0, 0)
+        assert source.reads == 1

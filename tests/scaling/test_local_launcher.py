@@ -9,7 +9,9 @@ import time
 import pytest
 
 from vidgen.config import ConfigError
+from vidgen.parallel.processes import Restartable
 from vidgen.scaling.local import Local
+from vidgen.training import resilience
 from vidgen.training.resilience import holder, only_one
 
 WAITS = """
@@ -40,7 +42,7 @@ def job(tmp_path, monkeypatch):
     process.wait()
 
 
-def test_who_holds_a_workdir_is_known_while_it_does(tmp_path):
+def test_who_holds_a_workdir_is_known_while_it_does(tmp_path, monkeypatch):
     workdir = str(tmp_path / "w")
     assert holder(workdir) is None
     with only_one(workdir):
@@ -48,6 +50,11 @@ def test_who_holds_a_workdir_is_known_while_it_does(tmp_path):
         with pytest.raises(ConfigError, match="another vidgen is at work there"), only_one(workdir):
             pass
         assert holder(workdir)  # who was refused has not wiped the number out
+        # One that is started again waits for the one before, which may be dying still.
+        monkeypatch.setenv("VIDGEN_RESTARTS", "1")
+        monkeypatch.setattr(resilience, "PATIENCE", 0.3)
+        with pytest.raises(Restartable, match="another vidgen is at work there"), only_one(workdir):
+            pass
     assert holder(workdir) is None
 
 

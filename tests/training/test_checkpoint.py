@@ -16,6 +16,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vidgen import config as configs
+from vidgen import passing
 from vidgen.config import ConfigError
 from vidgen.training import checkpoint, checksums, locations, provenance
 from vidgen.training import state as states
@@ -119,14 +120,31 @@ def test_a_missing_a_cut_and_an_extra_file_are_found(copied, opened):
 
 
 def test_a_server_of_files_that_is_away_damages_nothing(copied, opened, monkeypatch):
-    def away(path):
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
-
+    monkeypatch.setattr(passing, "PAUSE", 0.0)
+    digest = checksums._digest
     checkpoints = opened(copied, keep())
+
+    def fails(code, times):
+        left = [times]
+
+        def away(path):
+            left[0] -= 1
+            if left[0] < 0:
+                return digest(path)
+            raise OSError(code, os.strerror(code), str(path))
+
+        return away
+
+    for code in (errno.ESTALE, errno.EMFILE, errno.ENOTCONN, errno.EACCES):
+        with monkeypatch.context() as patch:
+            patch.setattr(checksums, "_digest", fails(code, 10**6))
+            with pytest.raises(OSError, match=os.strerror(code)):
+                checkpoints.newest_good()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.checksums, "_digest", away)
-        with pytest.raises(OSError, match="Stale"):
-            checkpoints.newest_good()
+        patch.setattr(checksums, "_digest", fails(errno.EIO, 2))
+        assert checkpoints.newest_good() == 6  # read again, it could be
+        patch.setattr(checksums, "_digest", fails(errno.EIO, 10**6))
+        assert checkpoints.damage(6).endswith(f"cannot be read ({os.strerror(errno.EIO)})")  # a bad sector
     assert sorted(os.listdir(copied / "checkpoints")) == ["2", "4", "6"] and checkpoints.newest_good() == 6
 
 

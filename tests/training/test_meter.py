@@ -4,6 +4,7 @@ import pytest
 
 from vidgen.config import ConfigError
 from vidgen.data.stream import FeedInfo
+from vidgen.parallel.processes import Restartable
 from vidgen.training.meter import Meter
 
 
@@ -105,3 +106,12 @@ def test_few_bad_clips_are_counted_and_many_end_the_run():
     assert m.row()["unreadable_clips"] == 10
     with pytest.raises(ConfigError, match="11 of about 44 clips could not be read .truncated: 11."):
         m.fed(FeedInfo(0.0, {"truncated": 1}))
+
+
+def test_a_disk_that_is_gone_is_noticed_in_a_long_run_as_soon_as_in_a_short_one():
+    m = meter(Clock())
+    for _ in range(100_000):  # whose share of unreadable clips would stay small for thousands of steps
+        m.fed(FeedInfo(0.0, {}))
+    with pytest.raises(Restartable, match="of about the last 1000 clips could not be read: is their disk there"):
+        for _ in range(126):  # steps of four clips each
+            m.fed(FeedInfo(0.0, {"the disk can't read it": 4}))

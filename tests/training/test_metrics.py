@@ -83,11 +83,18 @@ def test_a_run_that_rolls_back_drops_its_own_rows(tmp_path):
     assert [row["step"] for row in metrics.read(str(tmp_path))] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[1, 2]", '{"loss": 1.0}', "null"])
-def test_a_broken_row_is_named(tmp_path, line):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + line + "\n")
-    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2: expected a JSON object with a step"):
-        metrics.read(str(tmp_path))
+@pytest.mark.parametrize("line", ["nonsense", "[1, 2]", '{"loss": 1.0}', "null", "\0" * 40])
+def test_a_broken_line_costs_no_other_and_no_run_its_end(tmp_path, line):
+    rows = [json.dumps({"step": n, "loss": n / 2}) for n in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([rows[0], line, *rows[1:]]) + "\n")
+    assert [row["step"] for row in metrics.read(str(tmp_path))] == [1, 2, 3]
+    said = []
+    writer = metrics.MetricWriter(str(tmp_path), say=said.append)
+    writer.resume(3)
+    writer.scalars(3, {"loss": 9.0})
+    writer.close()
+    assert [(row["step"], row["loss"]) for row in metrics.read(str(tmp_path))] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+    assert [text for text in said if "1 of its lines are no rows, and are passed over" in text]
 
 
 def test_tensorboard_gets_scalars_and_animated_gifs(tmp_path):

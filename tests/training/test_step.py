@@ -194,6 +194,21 @@ def test_outliers_and_nans_are_skipped_and_counted():
     assert float(after[-1].params["w"][0]) == -22.0 and int(after[-1].step) == 24
 
 
+def test_of_a_batch_without_a_clip_nothing_is_learned():
+    """Moments and decay would move the weights though no gradient does, and the usual norm would sink."""
+    config, optimizer = make_tiny(), optax.adamw(0.1, weight_decay=0.5)
+    errors = plain(lambda p, b, k: jnp.vdot(p["w"], b.tokens[0, 0]))
+    step = make_step(errors, lambda b, keys: b.segment.astype(jnp.float32), optimizer, config)
+    state = states.create({"w": jnp.ones(2)}, optimizer)
+    for segment, skipped in ((1, 0), (0, 1), (0, 2), (1, 2)):
+        here = jnp.full((1, 1), segment, jnp.int32)
+        before = state
+        state, metrics = step(state, TokenBatch(jnp.ones((1, 1, 2)) * segment, coords=None, segment=here, level=here))
+        assert (int(metrics["skipped"]), int(state.step)) == (skipped, int(before.step) + 1)
+        same = np.array_equal(state.params["w"], before.params["w"])
+        assert same == (not segment) and (segment or float(state.grad_norm) == float(before.grad_norm))
+
+
 def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is():
     config = make_tiny()
     config.optimizer.update(clip=0.0, outlier=0.0)

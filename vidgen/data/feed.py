@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grain
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vidgen import passing
 from vidgen.batch import TokenBatch
 from vidgen.config import ConfigError
 from vidgen.data.clip import BadClip, Clip
@@ -166,7 +167,7 @@ def _read(
 ) -> tuple[np.ndarray, str | np.ndarray, float]:
     """(tokens [n,D], caption or its values, fps) of a clip in its place: encoded here, or in the cache already."""
     if isinstance(source, CachedClips):
-        clip = source.read(place.clip, place.epoch)
+        clip = _asked(source, place.clip, place.epoch)
         t, y, x = tokenizer.geometry.latent_grid(place.frames, place.height, place.width)
         if len(clip.moments) < t or clip.moments.shape[1:] != (y, x, 2 * tokenizer.geometry.channels):
             raise BadClip("size differs from the index")
@@ -183,20 +184,29 @@ def _read(
 
 def read_clip(source: Source, index: int, epoch: int) -> Clip:
     """A clip of the source. Raises BadClip unless it is what the index says, ConfigError where the source fails."""
-    try:
-        clip, sizes = source.read(index, epoch), source.sizes
-    except BadClip:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"reading clip {source.name(index)} (index {index}, pass {epoch}) failed: {type(error).__name__}: {error}"
-        ) from error
+    clip, sizes = _asked(source, index, epoch), source.sizes
     size = (sizes.frames[index], sizes.height[index], sizes.width[index], 3)
     if clip.video.shape != size or clip.video.dtype != np.uint8:
         raise BadClip("size differs from the index")
     if len(clip.caption.encode("utf-8", errors="replace")) > sizes.text[index]:
         raise BadClip("caption is longer than the index says")
     return clip
+
+
+def _asked(source: Source | CachedClips, index: int, epoch: int) -> Any:
+    """What the source reads. A disk that is away for a moment is asked again, and one that is away for longer is no
+    fault of the clip's; a place that the disk can't read, again and again, is.
+    """
+    try:
+        return passing.again(lambda: source.read(index, epoch))
+    except BadClip:
+        raise
+    except Exception as error:
+        if passing.sector(error):
+            raise BadClip("the disk can't read it") from error
+        raise ConfigError(
+            f"reading clip {source.name(index)} (index {index}, pass {epoch}) failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 def cut(video: np.ndarray, start: int, frames: int, height: int, width: int) -> np.ndarray:

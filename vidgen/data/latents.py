@@ -36,6 +36,7 @@ from vidgen.data.clip import BadClip, ClipSizes
 from vidgen.data.packing import Packing
 from vidgen.data.sources import Source, open_source
 from vidgen.geometry import Geometry
+from vidgen.passing import passes
 
 KEY, CACHE, TEXT = "key.json", "cache.json", "text.safetensors"
 FORMAT = 1  # of records and layout, and of the code that decides their values: one more whenever they change
@@ -253,6 +254,8 @@ class CachedClips:
         try:
             record = self._open()[epoch % self.passes * len(self._layout.order) + place]
         except Exception as e:  # ArrayRecord raises RuntimeError, ValueError, IndexError and more
+            if passes(e):
+                raise
             raise BadClip("unreadable record in the cache") from e
         return from_record(record)
 

@@ -28,6 +28,7 @@ from vidgen.config import ConfigError
 from vidgen.data.clip import BadClip, Clip, ClipSizes
 from vidgen.data.decode import decode
 from vidgen.data.tfds_features import check_features
+from vidgen.passing import passes
 
 NAME = "clips"
 SHARD_BYTES = 256 * 2**20
@@ -237,6 +238,8 @@ class ShardSource:
                 raise TypeError("a record with other fields")
             size, fps = tuple(int(record[k]) for k in ("frames", "height", "width")), float(record["fps"])
         except Exception as error:  # ArrayRecord raises RuntimeError, ValueError, IndexError and more
+            if passes(error):
+                raise
             raise BadClip("unreadable record") from error
         if checksum(data) != self._checksums[index]:
             raise BadClip("checksum differs")

@@ -28,6 +28,7 @@ from vidgen.data.clip import BadClip, Clip, ClipSizes
 from vidgen.data.decode import decode, probe
 from vidgen.data.progress import Progress
 from vidgen.data.tfds_features import check_features
+from vidgen.passing import passes
 
 VIDEO = [
     "video",
@@ -141,6 +142,8 @@ class TfdsSource:
         try:
             return self._features.deserialize_example_np(records[int(index)])
         except Exception as error:  # ArrayRecord and TFDS raise RuntimeError, ValueError, IndexError and more
+            if passes(error):
+                raise
             raise BadClip("unreadable record") from error
 
     def _values(self, index: int) -> tuple[str, Any]:

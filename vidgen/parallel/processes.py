@@ -13,7 +13,6 @@ and a workdir must lie where all of them see it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import itertools
 import json
@@ -35,6 +34,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vidgen.config import ConfigError
+from vidgen.passing import passes
 from vidgen.secrets import redacted
 
 START_TIMEOUT = 300  # seconds to wait for the others at the start
@@ -294,19 +294,13 @@ def exit_status(error: BaseException) -> int:
     """2: the user can mend it; 75: nobody need, a restart may do; 1: it should not have happened."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, Restartable) or _passes(error):
+    if isinstance(error, Restartable) or passes(error):
         return RESTART
     # A checkpoint that could not be written, or a clip read, because a server of files or another process was away.
     cause = error.__cause__ if isinstance(error, ConfigError) else None
-    if _passes(cause) or isinstance(cause, jax.errors.JaxRuntimeError):
+    if passes(cause) or isinstance(cause, jax.errors.JaxRuntimeError):
         return RESTART
     return 2 if isinstance(error, ConfigError | OSError) else 1
-
-
-def _passes(error: BaseException | None) -> bool:
-    """Whether it is of a kind that may be over by itself."""
-    passing = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-    return isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) in passing
 
 
 def _leave(text: str, status: int, interrupted: bool = False) -> NoReturn:

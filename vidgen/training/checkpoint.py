@@ -101,7 +101,7 @@ class Checkpoints:
         except (OSError, ImportError) as e:
             reason = (e.strerror if isinstance(e, OSError) else "") or " ".join(str(e).split())[:200]
             wanted = "the extra [gcs] of vidgen" if isinstance(e, ImportError) else "a directory that can be written"
-            raise ConfigError(f"{self._directory}: {reason}; expected {wanted}") from None
+            raise ConfigError(f"{self._directory}: {reason}; expected {wanted}") from e
 
     @property
     def where(self) -> str:
@@ -353,7 +353,7 @@ def write_config(workdir: str, config: ConfigDict) -> list[str]:
             f.write(configs.to_json(config) + "\n")
         os.replace(path + ".tmp", path)
     except OSError as e:
-        raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that can be written") from None
+        raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that can be written") from e
     return changed
 
 

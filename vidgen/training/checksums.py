@@ -16,10 +16,11 @@ from etils import epath
 from orbax.checkpoint._src.metadata import checkpoint as step_metadata  # what commits a step has no public door
 from orbax.checkpoint._src.path import atomicity, gcs_utils
 
+from vidgen.passing import again, sector
+
 SEAL = "vidgen.sha256"  # file of a checkpoint; `sha256sum -c` reads it too
 COMMIT = atomicity.COMMIT_SUCCESS_FILE  # what Orbax writes last where a folder can't be renamed in one move
 BLOCK = 2**20  # bytes read at once
-AWAY = (errno.ESTALE, errno.ETIMEDOUT)  # a server of files that doesn't answer says nothing of what it holds
 THREADS = 2  # the step needs the host's cores more
 
 
@@ -57,7 +58,7 @@ def find(folder: epath.Path, items: Sequence[str] = (), part: int = 0, parts: in
       part: of `parts` processes, each of which reads its share of the files.
       parts: processes that share the work.
 
-    Raises OSError where a server of files does not answer.
+    Raises OSError where a server of files does not answer, or it may not be read.
     """
     listed, wrong = _listed(folder)
     if wrong:
@@ -146,11 +147,12 @@ def _damage(folder: epath.Path, path: str, listed: dict[str, str]) -> Damage | N
     if path not in listed:
         return Damage(path, "was not there when it was saved")
     try:
-        return None if _digest(folder / path) == listed[path] else Damage(path, "is not as it was saved")
+        return None if again(lambda: _digest(folder / path)) == listed[path] else Damage(path, "is not as it was saved")
     except FileNotFoundError:
         return Damage(path, "is missing")
     except OSError as e:
-        if e.errno in AWAY:
+        # A server that doesn't answer, or a right that lacks, says nothing of what the file holds.
+        if not sector(e):
             raise
         return Damage(path, f"cannot be read ({e.strerror or e})")
 
@@ -158,11 +160,11 @@ def _damage(folder: epath.Path, path: str, listed: dict[str, str]) -> Damage | N
 def _listed(folder: epath.Path) -> tuple[dict[str, str], Damage | None]:
     """({path: digest} of the checksums, what is wrong with them)."""
     try:
-        text = (folder / SEAL).read_bytes().decode("ascii")
+        text = again((folder / SEAL).read_bytes).decode("ascii")
     except FileNotFoundError:
         return {}, Damage(SEAL, "is missing: it was not finished, or an older vidgen wrote it")
     except (OSError, UnicodeError) as e:
-        if getattr(e, "errno", None) in AWAY:
+        if isinstance(e, OSError) and not sector(e):
             raise
         return {}, Damage(SEAL, f"cannot be read ({' '.join(str(e).split())[:100]})")
     lines = text.splitlines(keepends=True)

@@ -177,6 +177,8 @@ class Guards:
 def _reason(numbers: Mapping[str, float]) -> str:
     """Why an update was left out."""
     loss, norm = numbers["loss"], numbers["grad_norm"]
+    if not numbers["tokens"]:
+        return "no clip of it could be read"
     for name, value in (("loss", loss), ("gradient", norm)):
         if not math.isfinite(value):
             return f"the {name} is not finite"

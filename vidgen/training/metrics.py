@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import math
 import os
@@ -12,7 +11,7 @@ import struct
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 import numpy as np
@@ -31,19 +30,10 @@ FILE = "metrics.jsonl"
 def read(workdir: str) -> list[dict[str, Any]]:
     """The rows of WORKDIR/metrics.jsonl, oldest first: "step" and what was measured, None where it was not finite.
 
-    No file, no rows. A last line without its end, as a killed run leaves it, is no row yet. Raises ConfigError for a
-    line that is no JSON object with a step.
+    No file, no rows. A last line without its end, as a killed run leaves it, is no row yet. A line that is none, as
+    file systems leave one after a crash, is passed over: it costs no other, and no run its end.
     """
-    path = os.path.join(workdir, FILE)
-    rows = []
-    for number, line in enumerate(_lines(path), start=1):
-        try:
-            row = json.loads(line)
-            rows.append(row | {"step": int(row["step"])})
-        except (ValueError, TypeError, KeyError):
-            found = line if len(line) <= 60 else line[:60] + "…"
-            raise ConfigError(f"{path}, line {number}: expected a JSON object with a step, found {found!r}") from None
-    return rows
+    return [row for _, row in _rows(os.path.join(workdir, FILE)) if row is not None]
 
 
 class MetricWriter:
@@ -96,13 +86,15 @@ class MetricWriter:
     def resume(self, step: int) -> None:
         """Makes room for `step` and all after it: what was written of them, in this attempt or before, is dropped.
 
-        Where the disk does not let them be found or go, that is said, and they stay. Raises ConfigError for a line of
-        metrics.jsonl that is no row.
+        Where the disk does not let them be found or go, that is said, and they stay. Lines that are no rows are told
+        of.
         """
         self._rows.flush()
         start, why = None, "the disk does not answer"
         try:
-            start = _start_of(self._workdir, step)
+            start, strange = _start_of(self._path, step)
+            if strange:
+                self._told(f"{self._path}: {strange} of its lines are no rows, and are passed over")
         except OSError as e:
             why = e.strerror or str(e)
         if not self._rows.cut(start, lambda line: json.loads(line)["step"] < step) or start is None:
@@ -253,21 +245,33 @@ def duration(seconds: float) -> str:
     return f"{s // 86400}d{s % 86400 // 3600:02d}h"
 
 
-def _lines(path: str) -> list[str]:
-    """Lines that have an end."""
+def _rows(path: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """(byte at which it begins, row) of each line that has an end; None where it is no JSON object with a step."""
     try:
-        with open(path, encoding="utf-8") as f:
-            lines = f.read().split("\n")
+        with open(path, "rb") as f:
+            lines = f.read().split(b"\n")[:-1]
     except FileNotFoundError:
-        return []
-    return lines[:-1]
+        return
+    start = 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+            yield start, row | {"step": int(row["step"])}
+        except (ValueError, TypeError, KeyError, RecursionError):
+            yield start, None
+        start += len(line) + 1
 
 
-def _start_of(workdir: str, step: int) -> int:
-    """The byte of metrics.jsonl at which the rows of `step` and later begin. Raises as `read` does."""
-    kept = sum(1 for _ in itertools.takewhile(lambda row: row["step"] < step, read(workdir)))
-    with open(os.path.join(workdir, FILE), "rb") as f:
-        return sum(map(len, itertools.islice(f, kept)))
+def _start_of(path: str, step: int) -> tuple[int, int]:
+    """(the byte of metrics.jsonl at which the rows of `step` and later begin, how many lines before are no rows)."""
+    strange = 0
+    for start, row in _rows(path):
+        strange += row is None
+        if row is not None and row["step"] >= step:
+            return start, strange
+    with open(path, "rb") as f:
+        whole = f.read().rpartition(b"\n")
+    return len(whole[0]) + len(whole[1]), strange
 
 
 def _start_wandb(workdir: str, project: str, config_json: str) -> Any:

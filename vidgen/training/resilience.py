@@ -18,6 +18,7 @@ from vidgen.parallel import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LOCK = "lock"  # file of a workdir
+PATIENCE = 120.0  # seconds that a process which is started again waits for the lock
 AT_ONCE = 5.0  # seconds that a program has to end by itself after the second signal
 
 
@@ -159,25 +160,37 @@ def _end(number: signal.Signals, why: str) -> None:
     os._exit(128 + number)
 
 
+def started_again() -> bool:
+    """Whether launch/supervise.py or Slurm has started this process in the place of one that ended."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in ("VIDGEN_RESTARTS", "SLURM_RESTART_COUNT"))
+
+
 @contextlib.contextmanager
 def only_one(workdir: str) -> Iterator[None]:
     """Makes the workdir and holds WORKDIR/lock while inside, its own number written in it.
 
-    Raises ConfigError if another process holds it.
+    Raises ConfigError if another process holds it: at once where a person has started this one. Where it is started
+    again, what went before may be dying still, on a disk that hangs: then Restartable, when PATIENCE seconds are over.
     """
+    until = time.monotonic() + PATIENCE * started_again()
     path = os.path.join(workdir, LOCK)
     try:
         os.makedirs(workdir, exist_ok=True)
         lock = open(path, "a", encoding="ascii")  # noqa: SIM115 - closed below
     except OSError as e:
-        raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that can be written") from None
+        raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that can be written") from e
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{workdir}: another vidgen is at work there; wait for it or stop it") from None
-        except OSError as e:
-            raise ConfigError(f"{path}: {e.strerror or e}; expected a disk on which files can be locked") from None
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    kind = processes.Restartable if started_again() else ConfigError
+                    raise kind(f"{workdir}: another vidgen is at work there; wait for it or stop it") from None
+            except OSError as e:
+                raise ConfigError(f"{path}: {e.strerror or e}; expected a disk on which files can be locked") from e
+            time.sleep(0.5)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

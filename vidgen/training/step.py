@@ -134,7 +134,8 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, grads, tokens, aux, more = gradient(state, batch)
         norm, grads = optimizers.clipped(grads, c.clip)
-        good = jnp.isfinite(norm) & jnp.isfinite(loss)
+        # Of a batch in which no clip could be read there is nothing to learn.
+        good = jnp.isfinite(norm) & jnp.isfinite(loss) & (tokens > 0)
         if c.outlier:
             settled = state.step - state.skipped >= 20  # a mean over fewer steps says little
             good &= ~settled | (norm <= c.outlier * state.grad_norm)
@@ -150,7 +151,9 @@ def make_step(
             (state.params, state.ema, state.opt_state, state.aux),
         )
         # What lasts is no outlier: the mean follows, a little at a time.
-        seen = jnp.where(jnp.isfinite(norm), jnp.minimum(norm, c.outlier * state.grad_norm), state.grad_norm)
+        seen = jnp.where(
+            jnp.isfinite(norm) & (tokens > 0), jnp.minimum(norm, c.outlier * state.grad_norm), state.grad_norm
+        )
         mean = 0.95 * state.grad_norm + 0.05 * jnp.where(good, norm, seen)
         mean = jnp.where(good & (state.step == state.skipped), norm, mean)
         skipped = state.skipped + (1 - good.astype(jnp.int32))
