@@ -23,9 +23,9 @@ counter = workdir / "counter"
 attempt = int(counter.read_text()) + 1 if counter.exists() else 1
 counter.write_text(str(attempt))
 
-def beat(step, phase="step", slow=False, process=0):
+def beat(step, phase="step", slow=False, process=0, of=1):
     (workdir / "heartbeats").mkdir(exist_ok=True)
-    state = {"process": process, "host": "b", "pid": os.getpid(), "step": step, "phase": phase, "slow": slow}
+    state = {"process": process, "of": of, "host": "b", "pid": os.getpid(), "step": step, "phase": phase, "slow": slow}
     path = workdir / f"heartbeats/rank-{process}.json"
     path.with_suffix(".tmp").write_text(json.dumps(state | {"moved": time.time()}))
     os.replace(path.with_suffix(".tmp"), path)
@@ -171,6 +171,26 @@ def test_what_compiles_has_longer_and_what_moves_is_left_alone(command, tmp_path
     # What an earlier attempt left behind is no sign of this one's.
     status, out, _ = run(command("time.sleep(3)", "--hang=1"))
     assert (status, out) == (0, "attempt 3\n")
+
+
+def test_what_has_ended_and_is_still_there_is_killed_and_started_again_unless_the_run_was_done(command, tmp_path):
+    body = """
+(workdir / "config.json").write_text('{"train": {"steps": 9}}')
+if attempt == 1:
+    beat(4, "ended", process=1, of=2)
+    for n in range(6):  # the other goes on, and is waited for
+        beat(n, of=2)
+        time.sleep(0.3)
+(workdir / "last").write_text(str(os.getpid()))
+beat({1: 5, 2: 9}[attempt], "ended", of=3 - attempt)
+time.sleep(600)
+"""
+    status, out, err = run(command(body, "--hang=1"))
+    assert (status, out) == (0, "attempt 1\nattempt 2\n") and not alive((tmp_path / "w/last").read_text())
+    attempts = report(tmp_path)["attempts"]
+    assert report(tmp_path)["outcome"] == "done" and [(a["status"], a["step"]) for a in attempts] == [(75, 5), (0, 9)]
+    assert attempts[0]["seconds"] > 1.8 and "ended, as all its processes say, was still there 1 s" in attempts[0]["how"]
+    assert "done, after 2 attempts; the last came to the run's end, as all its processes say, was still there" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
