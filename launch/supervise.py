@@ -19,6 +19,7 @@ makes of them is the end. No process of the command outlives this one (on Linux)
 
 Hosts may have a supervisor each, as launch/tpu.sh gives them; --host says which it is. When one process is gone the
 others end by themselves, and all meet again. Its report is then supervisor-HOST.json; host 0 alone writes incidents.
+One whose report says that it has ended is not waited for: the others end as it did, before they would start again.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import descent
 from heartbeats import Heartbeats, furthest
@@ -49,6 +51,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # that are passed on
 STOPPED = {128 + number for number in SIGNALS}  # exit status of a run that was asked to stop
 USER = 2  # exit status of what the user can mend
 LONGEST = 30.0  # seconds between two attempts
+LOOK = 5.0  # seconds after which, between two attempts, the reports of other hosts are read again
 ENOUGH = 300.0  # seconds after a signal was passed on; what has not ended then is killed
 TAIL = 15  # last lines of an attempt that are kept
 KEPT = 100  # attempts in supervisor.json
@@ -135,12 +138,14 @@ class Supervisor:
         self.asked: list[int] = []  # signals that came
         self.pending: collections.deque[int] = collections.deque()  # those of them that are still to be passed on
         self.until = float("inf")  # when what was asked to stop is killed
+        self.others = Others(workdir, host)
 
     def run(self) -> int:
         """Runs it to its end; the exit status."""
         descent.adopt()
         for number in SIGNALS:
             signal.signal(number, self._pass_on)
+        self._write("running")  # or others would read how an earlier run ended
         best, failed = furthest(self.workdir, {}), 0  # failed: restarts in a row that brought it no further
         while True:
             self.attempts.append(self._attempt(best))
@@ -152,6 +157,8 @@ class Supervisor:
                 return self._ended("stopped", last.status)
             if last.status == USER:
                 return self._ended("for the user to mend", USER)
+            if (status := self._told()) is not None:
+                return status
             if failed >= self.restarts:
                 self._ended("given up", last.status)
                 return self._report(failed)
@@ -161,11 +168,8 @@ class Supervisor:
             self._write("running")
             self._incident(last.step, text)
             say(text)
-            until = time.monotonic() + wait
-            while time.monotonic() < until and not self.asked:
-                time.sleep(0.05)
-            if self.asked:
-                return self._ended("stopped", 128 + self.asked[0])
+            if (status := self._pause(wait)) is not None:
+                return status
 
     def _attempt(self, best: int) -> Attempt:
         """Runs the command once. `best`: the furthest step known before."""
@@ -207,6 +211,27 @@ class Supervisor:
         step = max(best, furthest(self.workdir, beats.seen))
         return Attempt(began, time.monotonic() - clock, status, how, step, step > best, output.last())
 
+    def _pause(self, seconds: float) -> int | None:
+        """Waits; the exit status where a signal, or what another host says, is the end."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            look = min(time.monotonic() + LOOK, until)
+            while time.monotonic() < look and not self.asked:
+                time.sleep(0.05)
+            if self.asked:
+                return self._ended("stopped", 128 + self.asked[0])
+            if (status := self._told()) is not None:
+                return status
+        return None
+
+    def _told(self) -> int | None:
+        """The exit status where the run has ended on another host, without which it can't go on here."""
+        for host, report in sorted(self.others.ended().items()):
+            outcome, last = report["outcome"], report["attempts"][-1]["how"]
+            say(f"the supervisor of host {host} has ended: {outcome}; its last attempt {last}. This one ends too")
+            return self._ended(outcome, report["status"])
+        return None
+
     def _pass_on(self, number: int, _frame: object) -> None:
         self.asked.append(number)
         self.pending.append(number)
@@ -220,7 +245,7 @@ class Supervisor:
                     os.killpg(self.process.pid, self.pending.popleft())
 
     def _ended(self, outcome: str, status: int) -> int:
-        self._write(outcome)
+        self._write(outcome, status)
         last = self.attempts[-1]
         if len(self.attempts) > 1 or status == USER or last.how != f"ended with exit status {status}":
             say(f"{outcome}, after {len(self.attempts)} attempts; the last {last.told()}")
@@ -235,9 +260,12 @@ class Supervisor:
         print("the last one's last words:", *last.log, sep="\n  ", file=sys.stderr)
         return last.status
 
-    def _write(self, outcome: str) -> None:
-        """The report, without credentials; a disk that refuses it is said, and changes nothing."""
-        found = {"command": shlex.join(self.command), "outcome": outcome, "restarts": len(self.attempts) - 1}
+    def _write(self, outcome: str, status: int | None = None) -> None:
+        """The report, without credentials; a disk that refuses it is said, and changes nothing. `status`: of this one's
+        exit, where it ends.
+        """
+        found = {"command": shlex.join(self.command), "outcome": outcome, "status": status}
+        found["restarts"] = max(len(self.attempts) - 1, 0)
         found["attempts"] = [dataclasses.asdict(attempt) for attempt in self.attempts[-KEPT:]]
         path = self.workdir / ("supervisor.json" if self.host is None else f"supervisor-{self.host}.json")
         try:
@@ -255,6 +283,28 @@ class Supervisor:
                 f.seek(-1, os.SEEK_END)
                 f.write(b"" if f.read(1) == b"\n" else b"\n")
             f.write(json.dumps(row).encode() + b"\n")
+
+
+class Others:
+    """The supervisors of other hosts; none where this one is of no host, or the workdir is not one that all see."""
+
+    def __init__(self, workdir: pathlib.Path, host: int | None):
+        self._workdir, self._host = workdir, host
+        self._before = self._read()
+
+    def ended(self) -> dict[int, dict[str, Any]]:
+        """{host: its report} of those that have ended since this one began; clocks of hosts may differ."""
+        found = self._read()
+        return {n: r for n, r in found.items() if r["status"] is not None and r != self._before.get(n)}
+
+    def _read(self) -> dict[int, dict[str, Any]]:
+        found = {}
+        for path in self._workdir.glob("supervisor-*.json") if self._host is not None else ():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+                host, report = int(path.stem.partition("-")[2]), json.loads(path.read_text(encoding="utf-8"))
+                if host != self._host and (report["status"] is None or report["attempts"][-1]["how"]):
+                    found[host] = report
+        return found
 
 
 class Output:

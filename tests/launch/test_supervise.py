@@ -127,6 +127,41 @@ def test_a_host_of_several_has_a_report_of_its_own_without_credentials(command, 
     assert run(command("", "--host=0"))[0] == 0 and (tmp_path / "w/supervisor-0.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("when", "status", "outcome"),
+    [
+        ("(workdir / 'counter').read_text() == '3'", 2, "for the user to mend"),  # while the other one runs
+        ("len(report(1)['attempts']) == 2", 143, "stopped"),  # while it waits before it is started again
+    ],
+)
+def test_a_host_ends_as_another_did_and_does_not_wait_for_it(when, status, outcome, command, tmp_path):
+    body = f"""
+def report(host):
+    path = workdir / f"supervisor-{{host}}.json"
+    return json.loads(path.read_text()) if path.exists() else {{"attempts": []}}
+
+if sys.argv[-1] == "--host=0":
+    while not {when}:
+        time.sleep(0.02)
+    sys.exit({status})
+while {status} == 2 and attempt == 3 and report(0)["outcome"] == "running":
+    time.sleep(0.02)
+sys.exit(75)
+"""
+    hosts = [[*command(body, f"--host={host}"), f"--host={host}"] for host in range(2)]
+    before = {"outcome": "given up", "status": 75, "attempts": [{"how": "ended with exit status 75"}]}  # yesterday
+    (tmp_path / "w/supervisor-2.json").write_text(json.dumps(before))
+    first = started(hosts[0])
+    assert first.stdout.readline() == "attempt 1\n"
+    ended, out, err = run(hosts[1])
+    first.communicate(timeout=30)
+    assert (first.returncode, ended, out) == (status, status, "attempt 2\nattempt 3\n")
+    told = f"the supervisor of host 0 has ended: {outcome}; its last attempt ended with exit status {status}. This one"
+    assert told in err and "started again in 1 s" in err
+    found = json.loads((tmp_path / "w/supervisor-1.json").read_text())
+    assert (found["outcome"], found["status"], found["restarts"]) == (outcome, status, 1)
+
+
 def test_what_gets_no_further_is_given_up_with_a_report(command, tmp_path):
     body = "beat(attempt == 1 and 7 or 5)\nprint('of no use', file=sys.stderr)\nsys.exit(75)"
     status, out, err = run(command(body, "--restarts=2"))
