@@ -34,13 +34,23 @@ alive() { [ -n "$(squeue --noheader --jobs="$1" 2>/dev/null)" ]; }
 
 # in_job WORKDIR TOPOLOGY ROOT PYTHON COMMAND…: what the job runs, on its first node.
 in_job() {
-    local workdir=$1 topology=$2 root=$3 python=$4 status=0 facts='' before
+    local workdir=$1 topology=$2 root=$3 python=$4 status=0 run='' again=1 told='' facts='' before
+    # This shell is told as well, and passes it on: between two attempts there is no step of the job that could be. As
+    # SIGUSR1, since srun makes SIGKILL of SIGTERM; those who hear both take them for one.
+    trap 'told=1 again=1; [ -z "$run" ] || kill -USR1 "$run" 2>/dev/null || true' TERM USR1
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
     [ -z "$topology" ] || eval "$("$python" -m vidgen.planning.environment "$topology")"
     before=$(newest "$workdir")
-    trap : TERM # Slurm tells this shell as well, which has to wait until all is saved
-    "${@:5}" || status=$?
-    [[ $asked != *" $status "* ]] || facts=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+    "${@:5}" &
+    run=$!
+    [ -z "$told" ] || kill -USR1 "$run" 2>/dev/null || true
+    while [ -n "$again" ]; do # a signal ends the wait, and not what is waited for
+        again='' status=0
+        wait "$run" || status=$?
+    done
+    if [[ $asked == *" $status "* ]] || [[ -n $told && $status != [02] ]]; then
+        facts=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+    fi
     # --stop sets Requeue=0. What was cancelled is not RUNNING, nor is what Slurm puts back by itself.
     if [[ $facts != *' JobState=RUNNING '* || $facts != *' Requeue=1 '* ]]; then
         say "job $SLURM_JOB_ID ended with exit status $status"
@@ -83,6 +93,14 @@ while [ $# -gt 0 ]; do
             [ $# -gt 1 ] || fail "$1: expected a value"
             [ "$1" = --workdir ] && workdir=$2 || topology=$2
             shift
+            ;;
+        --signal | --signal=*)
+            if [ "$1" = --signal ]; then
+                [ $# -gt 1 ] || fail "$1: expected a value"
+                set -- "$1=$2" "${@:3}"
+            fi
+            # To the job's shell, which tells the others.
+            [[ $1 == *:* ]] && sbatch+=("$1") || sbatch+=("--signal=B:${1#*=}")
             ;;
         *)
             case $1 in
@@ -130,8 +148,10 @@ if [ -n "$stop" ]; then
     [ -n "$dry" ] || alive "$job" || fail "$workdir: its job $job has ended already"
     run scontrol update "JobId=$job" Requeue=0 || fail "$workdir: its job $job can't be kept from starting again, see above"
     run scancel --quiet --state=PENDING "$job" || ! alive "$job"
-    # To the processes alone: they save, and the job ends by itself. Without a signal named they'd have KillWait seconds.
+    # They save, and the job ends by itself. Without a signal named they'd have KillWait seconds. The job's shell is told
+    # last, for what waits to be started again.
     run scancel --quiet --signal=TERM "$job" || ! alive "$job"
+    run scancel --quiet --batch --signal=TERM "$job" || ! alive "$job"
     exit 0
 fi
 if [ -n "$job" ] && [ -z "$dry" ] && alive "$job"; then
@@ -163,7 +183,7 @@ fi
 # srun has started is killed with it.
 srun=("$python" "$root/launch/supervise.py" -- srun --kill-on-bad-exit=0 --wait=60 --open-mode=append
     --output="$workdir/logs/rank-%t.log" "$python" -m vidgen.cli "${command[@]}")
-submit=(sbatch --parsable --job-name="vidgen-$(basename "$workdir")" --requeue --signal=USR1@300
+submit=(sbatch --parsable --job-name="vidgen-$(basename "$workdir")" --requeue --signal=B:USR1@300
     --open-mode=append --output="$workdir/logs/slurm-%j.log" "${sbatch[@]}"
     "${BASH_SOURCE[0]}" --in_job "$workdir" "$topology" "$root" "$python" "${srun[@]}")
 

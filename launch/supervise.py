@@ -8,8 +8,10 @@
 
 It is started again after any exit status but 0, 2 (the user can mend it) and 128 + a signal that asked it to stop; and
 when a process of it shows no progress in WORKDIR/heartbeats for --hang seconds, ten times that while it starts or
-compiles: all its processes are killed then, stopped ones too. Before that it waits 1 s, 2 s, 4 s … 30 s, and 1 s again
-once the run has come further than ever before. After --restarts in a row that brought it no further it gives up.
+compiles: all its processes are killed then, stopped ones too. So are those that have all said there that they ended,
+and are still there --hang seconds later; if the run was done then, that is the end. Before a restart it waits 1 s, 2 s,
+4 s … 30 s, and 1 s again once the run has come further than ever before. After --restarts in a row that brought it no
+further it gives up.
 
 WORKDIR/supervisor.json says how each attempt went, at which step and with which last words, as does the report when it
 gives up; WORKDIR/incidents.jsonl has a row a restart. Ctrl-C, SIGTERM and SIGUSR1 are passed on, and what the command
@@ -17,6 +19,7 @@ makes of them is the end. No process of the command outlives this one (on Linux)
 
 Hosts may have a supervisor each, as launch/tpu.sh gives them; --host says which it is. When one process is gone the
 others end by themselves, and all meet again. Its report is then supervisor-HOST.json; host 0 alone writes incidents.
+One whose report says that it has ended is not waited for: the others end as it did, before they would start again.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ import time
 from typing import Any
 
 import descent
+from heartbeats import Heartbeats, furthest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -46,9 +50,8 @@ from vidgen.secrets import redacted  # noqa: E402
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # that are passed on
 STOPPED = {128 + number for number in SIGNALS}  # exit status of a run that was asked to stop
 USER = 2  # exit status of what the user can mend
-SLOW = 10  # times --hang while a process starts or compiles
-SILENT = 10.0  # seconds after which a process that writes its heartbeat every other second is stopped
 LONGEST = 30.0  # seconds between two attempts
+LOOK = 5.0  # seconds after which, between two attempts, the reports of other hosts are read again
 ENOUGH = 300.0  # seconds after a signal was passed on; what has not ended then is killed
 TAIL = 15  # last lines of an attempt that are kept
 KEPT = 100  # attempts in supervisor.json
@@ -135,12 +138,14 @@ class Supervisor:
         self.asked: list[int] = []  # signals that came
         self.pending: collections.deque[int] = collections.deque()  # those of them that are still to be passed on
         self.until = float("inf")  # when what was asked to stop is killed
+        self.others = Others(workdir, host)
 
     def run(self) -> int:
         """Runs it to its end; the exit status."""
         descent.adopt()
         for number in SIGNALS:
             signal.signal(number, self._pass_on)
+        self._write("running")  # or others would read how an earlier run ended
         best, failed = furthest(self.workdir, {}), 0  # failed: restarts in a row that brought it no further
         while True:
             self.attempts.append(self._attempt(best))
@@ -152,6 +157,8 @@ class Supervisor:
                 return self._ended("stopped", last.status)
             if last.status == USER:
                 return self._ended("for the user to mend", USER)
+            if (status := self._told()) is not None:
+                return status
             if failed >= self.restarts:
                 self._ended("given up", last.status)
                 return self._report(failed)
@@ -161,11 +168,8 @@ class Supervisor:
             self._write("running")
             self._incident(last.step, text)
             say(text)
-            until = time.monotonic() + wait
-            while time.monotonic() < until and not self.asked:
-                time.sleep(0.05)
-            if self.asked:
-                return self._ended("stopped", 128 + self.asked[0])
+            if (status := self._pause(wait)) is not None:
+                return status
 
     def _attempt(self, best: int) -> Attempt:
         """Runs the command once. `best`: the furthest step known before."""
@@ -186,7 +190,7 @@ class Supervisor:
             if time.monotonic() > self.until:
                 hung = f"did not end within {ENOUGH:.0f} s of {signal.Signals(self.asked[0]).name}, and was killed"
             elif not self.asked:
-                hung = beats.hung()
+                hung = beats.hung() or beats.left()
             if hung:
                 break
         # What a shell script has started may still be saving.
@@ -199,13 +203,34 @@ class Supervisor:
         output.close()
         status = 128 - process.returncode if process.returncode < 0 else process.returncode
         if hung:
-            status = 128 + self.asked[0] if self.asked else os.EX_TEMPFAIL
+            status = 128 + self.asked[0] if self.asked else 0 if beats.done else os.EX_TEMPFAIL
         how = hung or f"ended with exit status {status}"
         if not hung and process.returncode < 0:
             how = f"was ended by {signal.Signals(-process.returncode).name}"
         beats.look()
         step = max(best, furthest(self.workdir, beats.seen))
         return Attempt(began, time.monotonic() - clock, status, how, step, step > best, output.last())
+
+    def _pause(self, seconds: float) -> int | None:
+        """Waits; the exit status where a signal, or what another host says, is the end."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            look = min(time.monotonic() + LOOK, until)
+            while time.monotonic() < look and not self.asked:
+                time.sleep(0.05)
+            if self.asked:
+                return self._ended("stopped", 128 + self.asked[0])
+            if (status := self._told()) is not None:
+                return status
+        return None
+
+    def _told(self) -> int | None:
+        """The exit status where the run has ended on another host, without which it can't go on here."""
+        for host, report in sorted(self.others.ended().items()):
+            outcome, last = report["outcome"], report["attempts"][-1]["how"]
+            say(f"the supervisor of host {host} has ended: {outcome}; its last attempt {last}. This one ends too")
+            return self._ended(outcome, report["status"])
+        return None
 
     def _pass_on(self, number: int, _frame: object) -> None:
         self.asked.append(number)
@@ -220,9 +245,10 @@ class Supervisor:
                     os.killpg(self.process.pid, self.pending.popleft())
 
     def _ended(self, outcome: str, status: int) -> int:
-        self._write(outcome)
-        if len(self.attempts) > 1 or status == USER:
-            say(f"{outcome}, after {len(self.attempts)} attempts; the last {self.attempts[-1].told()}")
+        self._write(outcome, status)
+        last = self.attempts[-1]
+        if len(self.attempts) > 1 or status == USER or last.how != f"ended with exit status {status}":
+            say(f"{outcome}, after {len(self.attempts)} attempts; the last {last.told()}")
         return status
 
     def _report(self, failed: int) -> int:
@@ -234,9 +260,12 @@ class Supervisor:
         print("the last one's last words:", *last.log, sep="\n  ", file=sys.stderr)
         return last.status
 
-    def _write(self, outcome: str) -> None:
-        """The report, without credentials; a disk that refuses it is said, and changes nothing."""
-        found = {"command": shlex.join(self.command), "outcome": outcome, "restarts": len(self.attempts) - 1}
+    def _write(self, outcome: str, status: int | None = None) -> None:
+        """The report, without credentials; a disk that refuses it is said, and changes nothing. `status`: of this one's
+        exit, where it ends.
+        """
+        found = {"command": shlex.join(self.command), "outcome": outcome, "status": status}
+        found["restarts"] = max(len(self.attempts) - 1, 0)
         found["attempts"] = [dataclasses.asdict(attempt) for attempt in self.attempts[-KEPT:]]
         path = self.workdir / ("supervisor.json" if self.host is None else f"supervisor-{self.host}.json")
         try:
@@ -256,70 +285,26 @@ class Supervisor:
             f.write(json.dumps(row).encode() + b"\n")
 
 
-class Heartbeats:
-    """What the processes of one attempt say in WORKDIR/heartbeats; those of earlier attempts don't count."""
+class Others:
+    """The supervisors of other hosts; none where this one is of no host, or the workdir is not one that all see."""
 
-    def __init__(self, workdir: pathlib.Path, hang: float, trains: bool):
-        """`trains`: there will be some, so that none at all is a hang too."""
-        self._folder, self._hang, self._trains = workdir / "heartbeats", hang, trains
-        self._before = {name: beat(state) for name, state in self._read().items()}
-        self._began = self._looked = time.monotonic()
-        self.seen: dict[str, dict[str, Any]] = {}  # {file: what it says}, of this attempt
-        self._since: dict[str, float] = {}  # when it was first seen to say that: clocks of hosts may differ
-        self._compiled = self._began  # when one was last seen to compile
-        self._heard: dict[str, tuple[Any, float]] = {}  # its "alive", and when that was first seen
+    def __init__(self, workdir: pathlib.Path, host: int | None):
+        self._workdir, self._host = workdir, host
+        self._before = self._read()
 
-    def hung(self) -> str:
-        """How the attempt hangs, in words; empty where it does not."""
-        now = time.monotonic()
-        if not self._hang or now < self._looked + 0.5:
-            return ""
-        self.look()
-        if not self.seen:
-            late = self._trains and now - self._began > SLOW * self._hang
-            return f"showed no sign of life for {now - self._began:.0f} s, and was killed" if late else ""
-        # One that compiles is waited for by the others too; one that is stopped, and says nothing, is not.
-        lives = {name for name in self.seen if now - self._heard[name][1] < SILENT}
-        slow = any(self.seen[name].get("slow") and self.seen[name]["phase"] != "ended" for name in lives)
-        self._compiled = now if slow else self._compiled
-        for name, state in sorted(self.seen.items()):
-            waited = now - self._since[name]
-            excused = self._compiled - self._since[name] if name in lives else 0.0  # of it, up to when one compiled
-            if state["phase"] != "ended" and waited > min(max(excused, 0.0) + self._hang, self._hang * SLOW):
-                who = f"process {state['process']} on {state.get('host', '?')}"
-                return f"hung, {who} for {waited:.0f} s in step {state['step']} ({state['phase']}), and was killed"
-        return ""
+    def ended(self) -> dict[int, dict[str, Any]]:
+        """{host: its report} of those that have ended since this one began; clocks of hosts may differ."""
+        found = self._read()
+        return {n: r for n, r in found.items() if r["status"] is not None and r != self._before.get(n)}
 
-    def look(self) -> None:
-        """Takes note of what has changed."""
-        self._looked = time.monotonic()
-        for name, state in self._read().items():
-            if beat(state) != self._before.get(name):
-                self._before[name], self.seen[name], self._since[name] = beat(state), state, self._looked
-            if name in self.seen and self._heard.get(name, ("", 0.0))[0] != state.get("alive"):
-                self._heard[name] = state.get("alive"), self._looked
-
-    def _read(self) -> dict[str, dict[str, Any]]:
+    def _read(self) -> dict[int, dict[str, Any]]:
         found = {}
-        for path in self._folder.glob("rank-*.json"):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                state = json.loads(path.read_text(encoding="utf-8"))
-                beat(state)
-                found[path.name] = state
+        for path in self._workdir.glob("supervisor-*.json") if self._host is not None else ():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+                host, report = int(path.stem.partition("-")[2]), json.loads(path.read_text(encoding="utf-8"))
+                if host != self._host and (report["status"] is None or report["attempts"][-1]["how"]):
+                    found[host] = report
         return found
-
-
-def beat(state: dict[str, Any]) -> tuple:
-    """What of a heartbeat changes when its process gets further."""
-    return state["pid"], int(state["step"]), state["phase"], state["moved"], state["process"]
-
-
-def furthest(workdir: pathlib.Path, seen: dict[str, dict[str, Any]]) -> int:
-    """The last step that a heartbeat or a checkpoint speaks of; 0: none does."""
-    steps = [int(state["step"]) for state in seen.values()]
-    with contextlib.suppress(OSError):
-        steps += [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
-    return max(steps, default=0)
 
 
 class Output:

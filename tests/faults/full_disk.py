@@ -104,7 +104,7 @@ def attempt(shared: pathlib.Path, own: pathlib.Path, trial: Trial) -> Result:
         if kept and (names := unlike(c, undisturbed, workdir, kept[-1])):
             wrong.append(f"filled at step {at}: {kept[-1]} does not read as it was saved: {names[0]}")
         said = os.strerror(errno.ENOSPC) in first
-        if status and not said:
+        if not said:
             wrong.append(f"filled at step {at}: ended with {status} and without a word of the disk: {first[-300:]}")
         # Threads of tensorstore print some of an event loop that Orbax has closed, which pass through no code of ours.
         if any(line.lstrip().startswith('File "') and "/vidgen/" in line for line in first.splitlines()):

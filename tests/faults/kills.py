@@ -47,6 +47,8 @@ SAVE = 0.2  # seconds, about, that a save takes
 START = 10.0  # seconds, about, that a start takes
 RECOVERY = 60.0  # seconds, at most
 ENOUGH = 10  # losses that a median is judged on: a single one inside a save is an interval and that save's time
+DEALT = 0.95  # share of the blows asked for, at least: a run may have ended before its last one
+OFTEN = 3  # times that something is asked for from which on it is to have come once
 PATIENCE = 400.0  # seconds that anything may take before the suite gives up on it
 # Of the processes other than the first one, none can keep what it has compiled on a CPU: all of it is compiled again at
 # each start, in a third of the time so.
@@ -166,8 +168,9 @@ class Siege:
     """A run under its supervisor, the blows that it was dealt, and what they have cost it.
 
     Attributes:
-      found: {"how", "inside", "starting"} of each blow, inside a save or not; {"how", "lost", "steps"} of each whose
-        steps had to be taken again, in seconds and steps; {"how", "recovery"}: seconds to the first new step.
+      found: {"how", "inside", "starting"} of each blow, inside a save or not; {"how", "missed"} of each that struck
+        nobody; {"how", "lost", "steps"} of each whose steps had to be taken again, in seconds and steps; {"how",
+        "recovery"}: seconds to the first new step.
     """
 
     def __init__(self, workdir: pathlib.Path, process: subprocess.Popen, step_time: float):
@@ -220,6 +223,7 @@ class Siege:
         self.watch.look()
         now, inside = time.monotonic(), saving(self.workdir)
         if not strike(self.workdir, how, draw):
+            self.found.append({"how": how, "missed": True})
             return
         starting = self.watch.begun is None or self.watch.step == self.watch.begun
         self._pending.append(Blow(how, starting, now, self.watch.step, dict(self.watch.times)))
@@ -256,13 +260,15 @@ def attempt(shared: pathlib.Path, own: pathlib.Path, trial: Trial) -> Result:
     wrong += ended_alike(c, undisturbed, workdir, steps) if not wrong else []
     alike = not wrong
     wrong += [f"recovery took {f['recovery']:.0f} s" for f in siege.found if f.get("recovery", 0) > RECOVERY]
-    return {"wrong": wrong, "alike": alike, "found": siege.found, "step_time": step_time}
+    asked = [[blow["how"], blow["moment"]] for blow in blows]
+    return {"wrong": wrong, "alike": alike, "asked": asked, "found": siege.found, "step_time": step_time}
 
 
 def judge(results: list[Result]) -> Verdict:
     """All runs end alike, and the median of what was lost is no more than the time between temporary checkpoints.
 
-    The median of fewer than ENOUGH losses is told, and not judged.
+    The median of fewer than ENOUGH losses is told, and not judged. Blows that were not dealt prove nothing: most are to
+    have been, and of what was asked for OFTEN, some.
     """
     found = [entry for result in results for entry in result["found"]]
     lost = [entry["lost"] for entry in found if "lost" in entry]
@@ -275,7 +281,15 @@ def judge(results: list[Result]) -> Verdict:
         wrong += (f"the median lost work is {median:.1f} s, more than the {INTERVAL:g} s between checkpoints",)
     told = ", ".join(f"{n} {how}" for how, n in kinds.items())
     alike = sum(result["alike"] for result in results)
+    asked = [blow for result in results for blow in result["asked"]]
+    if len(dealt) < DEALT * len(asked):
+        wrong += (f"only {len(dealt)} of {len(asked)} blows were dealt",)
+    never = [how for how in HOWS if sum(how == a for a, _ in asked) >= OFTEN and not kinds[how]]
+    never += ["inside a save"] if sum(moment == "saving" for _, moment in asked) >= OFTEN and not inside else []
+    wrong += tuple(f"never dealt: {what}" for what in never)
     held = f"{alike} of {len(results)} runs ended bit-equal ({told}; {inside} inside a save, {starting} in a start)"
+    if missed := sum("missed" in entry for entry in found):
+        held += f"; {missed} blows struck nobody"
     return Verdict(len(dealt), held, wrong, median, max(recoveries, default=None))
 
 

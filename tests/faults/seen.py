@@ -2,7 +2,8 @@
 
 python seen.py CONFIG.json WORKDIR OUTPUT
 
-OUTPUT-<rank>.json: {"ids": {step: {row: clip ids}} of the rows that this process was fed, "noise": {step: digest}}.
+OUTPUT-<rank>.json: {"ids": {step: {row: clip ids}} of the rows that this process was fed, "noise": {step: digest}}, of
+the keys that belong to the counter in the state that the step was given.
 """
 
 from __future__ import annotations
@@ -20,15 +21,22 @@ import numpy as np
 from vidgen import config as configs
 from vidgen import train
 from vidgen.data import feed
+from vidgen.training import loop
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "parallel"))
 import layout  # noqa: E402, where the path leads
 
 
 @contextlib.contextmanager
-def recorded(ids: dict[int, dict[int, list[int]]]) -> Iterator[None]:
-    """Within it, each batch that a step of this process is given is written down: step → row → clips."""
-    batches = feed.batches
+def recorded(ids: dict[int, dict[int, list[int]]], counters: dict[int, int]) -> Iterator[None]:
+    """Within it, each batch that a step of this process is given is written down, step → row → clips, and the number of
+    the step in the state that it is given, by which its noise is drawn.
+    """
+    batches, take = feed.batches, loop.Loop._take
+
+    def counted(self: loop.Loop, n: int, state: Any, batch: Any) -> Any:
+        counters[n] = int(state.step)
+        return take(self, n, state, batch)
 
     def watched(source: Any, packing: Any, tokenizer: Any, config: Any, start: int, *rest: Any) -> Any:
         stream = batches(source, packing, tokenizer, config, start, *rest)
@@ -48,21 +56,20 @@ def recorded(ids: dict[int, dict[int, list[int]]]) -> Iterator[None]:
         stream.__class__ = Watched
         return stream
 
-    feed.batches = watched
+    feed.batches, loop.Loop._take = watched, counted
     try:
         yield
     finally:
-        feed.batches = batches
+        feed.batches, loop.Loop._take = batches, take
 
 
 def main(config_json: str, workdir: str, output: str) -> None:
-    config, ids = configs.from_json(pathlib.Path(config_json).read_text()), {}
-    with recorded(ids):
+    config, ids, counters = configs.from_json(pathlib.Path(config_json).read_text()), {}, {}
+    with recorded(ids, counters):
         train.run(config, workdir)
     ids = {step: rows for step, rows in ids.items() if step <= config.train.steps}  # a feed works ahead
-    steps = range(min(ids), config.train.steps + 1)
-    digests = layout.noise(config, range(steps.start - 1, steps.stop - 1))
-    found = {"ids": ids, "noise": dict(zip(steps, digests, strict=True))}
+    digests = layout.noise(config, counters.values())
+    found = {"ids": ids, "noise": dict(zip(counters, digests, strict=True))}
     pathlib.Path(f"{output}-{jax.process_index()}.json").write_text(json.dumps(found))
 
 

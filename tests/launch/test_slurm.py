@@ -128,8 +128,9 @@ def stand_in(folder, body):
 
 
 def test_told_to_stop_a_job_saves_and_does_not_come_again(slurm, tmp_path):  # noqa: F811
-    saves = 'mkdir -p "${@: -1}/checkpoints/1"; echo saved; exit 143'  # its workdir is its last argument
-    waits = f"trap '{saves}' TERM; echo ready; while :; do sleep 0.1; done"
+    # Its workdir is its last argument; one takes longer than the other.
+    saves = 'trap "" TERM USR1; mkdir -p "${@: -1}/checkpoints/1"; sleep $SLURM_PROCID; echo saved; exit 143'
+    waits = f"trap '{saves}' TERM USR1; echo ready; while :; do sleep 0.1; done"
     env = slurm.environment | {"PYTHON": stand_in(tmp_path, waits)}
     w = tmp_path / "my run"
     assert sh("--nodes=2", "--", "train", "--workdir", w, env=env)[0] == 0
@@ -150,7 +151,7 @@ def test_told_to_stop_a_job_saves_and_does_not_come_again(slurm, tmp_path):  # n
 
 def test_preempted_a_job_saves_and_comes_again_and_cancelled_it_does_not(slurm, tmp_path):  # noqa: F811
     first = '[ -z "${SLURM_RESTART_COUNT:-}" ]'
-    waits = f"trap 'echo saved; exit 143' TERM; echo ready; while {first}; do sleep 0.1; done"
+    waits = f"trap 'echo saved; exit 143' TERM USR1; echo ready; while {first}; do sleep 0.1; done"
     env = slurm.environment | {"PYTHON": stand_in(tmp_path, waits)}
     jobs = {}
     for name, node in (("preempted", "n1"), ("cancelled", "n2")):
@@ -174,6 +175,30 @@ def test_preempted_a_job_saves_and_comes_again_and_cancelled_it_does_not(slurm, 
     logs = [(tmp_path / name / f"logs/slurm-{job}.log").read_text() for name, job in jobs.items()]
     assert f"job {jobs['preempted']} was asked to end, has saved, and goes back to the queue" in logs[0]
     assert f"job {jobs['cancelled']} ended with exit status 143" in logs[1]
+
+
+def test_between_two_attempts_a_job_hears_that_it_is_to_end(slurm, tmp_path):  # noqa: F811
+    fails = '[ -z "${SLURM_RESTART_COUNT:-}" ] || exit 0; mkdir -p "${@: -1}/checkpoints/1"; exit 1'
+    env = slurm.environment | {"PYTHON": stand_in(tmp_path, fails)}
+    jobs = {}
+    for name in ("late", "stopped"):
+        assert sh("--", "train", "--workdir", tmp_path / name, env=env)[0] == 0
+        jobs[name] = (tmp_path / name / "slurm_job").read_text().strip()
+
+    def attempts(name):
+        path = tmp_path / name / "supervisor.json"
+        return len(json.loads(path.read_text())["attempts"]) if path.exists() else 0
+
+    def told():
+        return slurm("squeue") + "".join(log.read_text() for log in tmp_path.glob("*/logs/*.log"))
+
+    slurm.wait(lambda: all(attempts(name) > 1 for name in jobs), 30, told)  # they wait for some seconds now
+    slurm("scancel", "--batch", "--signal=USR1", jobs["late"])  # as --signal=B:USR1@300 has it, half a minute late
+    assert sh("--stop", "--workdir", tmp_path / "stopped", env=env) == (0, "", "")
+    slurm.wait(lambda: not slurm("squeue", "-h", f"--jobs={','.join(jobs.values())}"), 60, told)
+    facts = [[slurm.fact(job, fact) for fact in ("JobState", "ExitCode", "Restarts")] for job in jobs.values()]
+    assert facts == [["COMPLETED", "0:0", "1"], ["FAILED", "138:0", "0"]], told()
+    assert json.loads((tmp_path / "stopped/supervisor.json").read_text())["outcome"] == "stopped"
 
 
 def test_what_fails_and_what_saves_nothing_is_not_started_again(slurm, tmp_path):  # noqa: F811
@@ -217,7 +242,7 @@ def test_a_dry_run_prints_what_would_be_submitted_and_run(tmp_path):
     lines = out.splitlines()
     quoted = str(w).replace(" ", "\\ ")
     assert lines[0] == f"mkdir -p {quoted}/logs"
-    for words in ("--requeue --signal=USR1@300", "--time=1:00:00 --nodes=4 --gpus-per-node=8 --ntasks-per-node=8"):
+    for words in ("--requeue --signal=B:USR1@300", "--time=1:00:00 --nodes=4 --gpus-per-node=8 --ntasks-per-node=8"):
         assert words in lines[1]
     assert lines[1].startswith("sbatch --parsable --job-name=vidgen-my\\ run --requeue") and "--in_job" in lines[1]
     assert "export XLA_PYTHON_CLIENT_MEM_FRACTION=0.9" in lines
@@ -229,6 +254,8 @@ def test_a_dry_run_prints_what_would_be_submitted_and_run(tmp_path):
         sh(*more, "--dry_run", "--", "train", "--workdir", "w")[1] for more in ((), ("--gpus-per-node=h100:2",))
     ]
     assert "--ntasks-per-node=1 " in per_node[0] and "--ntasks-per-node=2 " in per_node[1]
+    for signal_ in (("--signal=USR1@60",), ("--signal", "USR1@60"), ("--signal=B:USR1@60",)):
+        assert " --signal=B:USR1@60 " in sh(*signal_, "--dry_run", "--", "train", "--workdir", "w")[1]
     own = sh("--gpus-per-node", "4", "--ntasks-per-node=1", "--dry_run", "--", "train", "--workdir", "w")[1]
     for more in (("--gres=gpu:4", "-n8"), ("-n", "8"), ("--ntasks-per-node=4", "--gres=gpu:4")):
         assert "--ntasks-per-node=1 " not in sh(*more, "--dry_run", "--", "train", "--workdir", "w")[1]

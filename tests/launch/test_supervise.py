@@ -23,9 +23,9 @@ counter = workdir / "counter"
 attempt = int(counter.read_text()) + 1 if counter.exists() else 1
 counter.write_text(str(attempt))
 
-def beat(step, phase="step", slow=False, process=0):
+def beat(step, phase="step", slow=False, process=0, of=1):
     (workdir / "heartbeats").mkdir(exist_ok=True)
-    state = {"process": process, "host": "b", "pid": os.getpid(), "step": step, "phase": phase, "slow": slow}
+    state = {"process": process, "of": of, "host": "b", "pid": os.getpid(), "step": step, "phase": phase, "slow": slow}
     path = workdir / f"heartbeats/rank-{process}.json"
     path.with_suffix(".tmp").write_text(json.dumps(state | {"moved": time.time()}))
     os.replace(path.with_suffix(".tmp"), path)
@@ -127,6 +127,41 @@ def test_a_host_of_several_has_a_report_of_its_own_without_credentials(command, 
     assert run(command("", "--host=0"))[0] == 0 and (tmp_path / "w/supervisor-0.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("when", "status", "outcome"),
+    [
+        ("(workdir / 'counter').read_text() == '3'", 2, "for the user to mend"),  # while the other one runs
+        ("len(report(1)['attempts']) == 2", 143, "stopped"),  # while it waits before it is started again
+    ],
+)
+def test_a_host_ends_as_another_did_and_does_not_wait_for_it(when, status, outcome, command, tmp_path):
+    body = f"""
+def report(host):
+    path = workdir / f"supervisor-{{host}}.json"
+    return json.loads(path.read_text()) if path.exists() else {{"attempts": []}}
+
+if sys.argv[-1] == "--host=0":
+    while not {when}:
+        time.sleep(0.02)
+    sys.exit({status})
+while {status} == 2 and attempt == 3 and report(0)["outcome"] == "running":
+    time.sleep(0.02)
+sys.exit(75)
+"""
+    hosts = [[*command(body, f"--host={host}"), f"--host={host}"] for host in range(2)]
+    before = {"outcome": "given up", "status": 75, "attempts": [{"how": "ended with exit status 75"}]}  # yesterday
+    (tmp_path / "w/supervisor-2.json").write_text(json.dumps(before))
+    first = started(hosts[0])
+    assert first.stdout.readline() == "attempt 1\n"
+    ended, out, err = run(hosts[1])
+    first.communicate(timeout=30)
+    assert (first.returncode, ended, out) == (status, status, "attempt 2\nattempt 3\n")
+    told = f"the supervisor of host 0 has ended: {outcome}; its last attempt ended with exit status {status}. This one"
+    assert told in err and "started again in 1 s" in err
+    found = json.loads((tmp_path / "w/supervisor-1.json").read_text())
+    assert (found["outcome"], found["status"], found["restarts"]) == (outcome, status, 1)
+
+
 def test_what_gets_no_further_is_given_up_with_a_report(command, tmp_path):
     body = "beat(attempt == 1 and 7 or 5)\nprint('of no use', file=sys.stderr)\nsys.exit(75)"
     status, out, err = run(command(body, "--restarts=2"))
@@ -171,6 +206,26 @@ def test_what_compiles_has_longer_and_what_moves_is_left_alone(command, tmp_path
     # What an earlier attempt left behind is no sign of this one's.
     status, out, _ = run(command("time.sleep(3)", "--hang=1"))
     assert (status, out) == (0, "attempt 3\n")
+
+
+def test_what_has_ended_and_is_still_there_is_killed_and_started_again_unless_the_run_was_done(command, tmp_path):
+    body = """
+(workdir / "config.json").write_text('{"train": {"steps": 9}}')
+if attempt == 1:
+    beat(4, "ended", process=1, of=2)
+    for n in range(6):  # the other goes on, and is waited for
+        beat(n, of=2)
+        time.sleep(0.3)
+(workdir / "last").write_text(str(os.getpid()))
+beat({1: 5, 2: 9}[attempt], "ended", of=3 - attempt)
+time.sleep(600)
+"""
+    status, out, err = run(command(body, "--hang=1"))
+    assert (status, out) == (0, "attempt 1\nattempt 2\n") and not alive((tmp_path / "w/last").read_text())
+    attempts = report(tmp_path)["attempts"]
+    assert report(tmp_path)["outcome"] == "done" and [(a["status"], a["step"]) for a in attempts] == [(75, 5), (0, 9)]
+    assert attempts[0]["seconds"] > 1.8 and "ended, as all its processes say, was still there 1 s" in attempts[0]["how"]
+    assert "done, after 2 attempts; the last came to the run's end, as all its processes say, was still there" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

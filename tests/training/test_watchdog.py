@@ -1,5 +1,6 @@
 """Signs of life: what is written, when a process that waits ends, and whom it says to be missing."""
 
+import contextlib
 import json
 import os
 import signal
@@ -47,6 +48,10 @@ def test_a_heartbeat_says_where_the_process_is(tmp_path):
         assert abs(time.time() - state["moved"]) < 10 and state["alive"] >= state["moved"] - 0.1
         assert state["host"] and set(os.listdir(folder)) == {"rank-0.json"}
     assert read(str(folder))[0]["phase"] == "ended" and read(str(folder))[0]["step"] == 7
+    assert read(str(folder))[0]["failed"] is False
+    with contextlib.suppress(KeyError), Watchdog(str(tmp_path), hang=600):
+        raise KeyError
+    assert read(str(folder))[0]["failed"] is True
 
 
 def test_a_compilation_and_the_first_of_anything_may_take_longer(tmp_path):

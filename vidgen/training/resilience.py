@@ -19,18 +19,24 @@ from vidgen.parallel import processes
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LOCK = "lock"  # file of a workdir
 PATIENCE = 120.0  # seconds that a process which is started again waits for the lock
-AT_ONCE = 5.0  # seconds that a program has to end by itself after the second signal
+# Seconds after the first signal from which on another one means at once. What comes sooner is the same wish told by
+# several: who signals a whole group reaches each process, and so do the launchers among them, which pass it on.
+APART = 2.0
+AT_ONCE = 5.0  # seconds that a program has to end by itself after that one
 
 
 class StopSignal:
-    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a flag that the loop asks for; the second one ends the program.
+    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a flag that the loop asks for; a later one ends the program.
+
+    One that comes within 2 s of the first says nothing new: whoever signals all processes of a run, its launchers too,
+    is heard several times by each.
 
     All three ask to save and end. The exit status, 128 + the signal, says which one it was: a cluster sends SIGUSR1
     before the time is up, and what started the run then starts it again (launch/slurm.sh).
 
     Python's handlers wait while the main thread is in the compiler, in a collective or on a disk that hangs. So a
     thread hears of each signal too, at once, and ends the process where the main thread can't: after `grace` seconds,
-    5 s after the second signal, and on the first one where `nothing_to_lose` says so. At a Python prompt or in a
+    5 s after the later signal, and on the first one where `nothing_to_lose` says so. At a Python prompt or in a
     notebook the process is the user's: there it is left alone, and what has nothing to lose raises KeyboardInterrupt.
 
     Used as a context; outside the main thread, where Python allows no handlers (a notebook's worker), it does nothing.
@@ -47,6 +53,7 @@ class StopSignal:
         self.nothing_to_lose = False
         self._grace = grace
         self._handled = self._heard = 0  # signals: by the main thread, and by the one that listens
+        self._insisted = False  # whether one came well after the first
         self._before: dict[signal.Signals, object] = {}
         self._woken = -1
         self._listener: threading.Thread | None = None
@@ -64,14 +71,17 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._handled += 1
         self.name = self.name or signal.Signals(number).name
-        # Two that came while the main thread was away are handled as one.
-        if max(self._handled, self._heard) > 1 or (self.nothing_to_lose and of_the_user()):
+        # When it came only the thread that listens can tell: the main one may have been away. It is a moment behind.
+        until = time.monotonic() + 1.0
+        while self._heard < self._handled and time.monotonic() < until:
+            time.sleep(0.001)
+        if self._insisted or (self.nothing_to_lose and of_the_user()):
             self._restore()
             raise KeyboardInterrupt
 
     def _listen(self, heard: int) -> None:
         """Reads the numbers of signals that come, a byte each, until the pipe is closed; ends the process in time."""
-        until, why = float("inf"), ""
+        until, why, first = float("inf"), "", 0.0
         ready = select.poll()
         ready.register(heard, select.POLLIN)
         while True:
@@ -85,9 +95,14 @@ class StopSignal:
             for number in numbers:
                 if number not in SIGNALS:
                     continue
-                self._heard += 1
+                now, again = time.monotonic(), self._heard > 0
+                first = first if again else now
                 self.name = self.name or signal.Signals(number).name
-                if self._heard > 1:
+                self._insisted = self._insisted or now - first >= APART
+                self._heard += 1
+                if again and not self._insisted:
+                    continue
+                if again:
                     why, left = "stopped", AT_ONCE
                 elif self.nothing_to_lose:
                     why, left = "stopping at once: nothing has been done that is not saved", 0.0
@@ -95,7 +110,7 @@ class StopSignal:
                     _say(self.name, "stopping after a step and saving; once more to stop at once")
                     why = f"not saved within {self._grace:g} s, and stopped; what was saved before stands"
                     left = self._grace or float("inf")
-                until = float("inf") if of_the_user() else min(until, time.monotonic() + left)
+                until = float("inf") if of_the_user() else min(until, now + left)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

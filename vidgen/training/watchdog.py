@@ -28,9 +28,10 @@ class Watchdog:
     """Watches over the loop of this process from threads of their own; a context.
 
     WORKDIR/heartbeats/rank-N.json says where the process is: {"process", "of", "host", "pid", "step", "phase", "moved",
-    "alive", "slow"}; "moved" is when the loop was last heard of and "alive" when the file was written, in seconds since
-    1970, and "slow" whether ten times the usual may pass before it moves again. It is written once a second at most; a
-    disk that is full or hangs stops the writing and nothing else. When the context ends, its phase is "ended".
+    "alive", "slow", "failed"}; "moved" is when the loop was last heard of and "alive" when the file was written, in
+    seconds since 1970, and "slow" whether ten times the usual may pass before it moves again. It is written once a
+    second at most; a disk that is full or hangs stops the writing and nothing else. When the context ends, its phase is
+    "ended", and "failed" says whether by an exception.
 
     If nothing moves for `hang` seconds, ten times as long while this process or another one is in a phase that
     compiles, the process prints the stacks of its threads, says who waits and who is missing, and ends with status 75,
@@ -45,6 +46,7 @@ class Watchdog:
         self._who = {"process": jax.process_index(), "of": jax.process_count()}
         self._who |= {"host": socket.gethostname(), "pid": os.getpid()}
         self._beat: tuple[int, str] = (0, "start")
+        self._failed = False
         self._last, self._moved, self._waited = self._beat, time.time(), 0.0
         self._excused = 0.0  # of what was waited, up to when something compiled
         self._been: set[str] = set()  # phases that were left
@@ -61,7 +63,8 @@ class Watchdog:
             thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._failed = kind is not None
         self.beat(self._beat[0], "ended")  # type: ignore[arg-type]
         self._over.set()
         for thread in self._threads:
@@ -128,6 +131,7 @@ class Watchdog:
             "moved": self._moved if self._beat is self._last else time.time(),
             "alive": time.time(),
             "slow": self._slow(),
+            "failed": self._failed,
         }
 
     def _write(self) -> None:
