@@ -180,6 +180,7 @@ class Supervisor:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env=os.environ | {"VIDGEN_RESTARTS": str(len(self.attempts))},
             start_new_session=True,  # a Ctrl-C on the terminal comes once, through this process
             preexec_fn=descent.bound(),
         )
@@ -257,7 +258,7 @@ class Supervisor:
         say(f"given up: {failed} restarts brought it no further than step {last.step}:")
         for n, attempt in list(enumerate(self.attempts, 1))[-KEPT:]:
             print(f"  attempt {n} {attempt.told()}", file=sys.stderr)
-        print("the last one's last words:", *last.log, sep="\n  ", file=sys.stderr)
+        print("the last one's last words:", *redacted(last.log), sep="\n  ", file=sys.stderr)
         return last.status
 
     def _write(self, outcome: str, status: int | None = None) -> None:
