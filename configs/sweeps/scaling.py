@@ -55,8 +55,9 @@ def get_sweep(arg: str = "") -> Sweep:
     another seed: the same run's loss differs by some 2 %, more for the small. `arg` "4e11": at that budget alone.
 
     What a law predicts depends on such choices. The runs of the largest budget that it is held against were made once,
-    and while this was found out: with runs of 450 to 750 steps as well the prediction was 2.0 % off in the mean; without
-    them, and up to 9,000 steps, 1.3 %; up to 16,000, which sizes below the best one take, 1.6 %; with second seeds 1.1 %.
+    and while this was found out: with runs of 450 to 750 steps as well the prediction was 2.0 % off in the mean;
+    without them, and up to 9,000 steps, 1.3 %; up to 16,000, which sizes below the best one take, 1.6 %; with second
+    seeds 1.1 %.
     """
     sizes: Space = tuple(size(w) for w in WIDTHS)
     budgets = [float(arg)] if arg else BUDGETS
