@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vidgen.config import ConfigError
 from vidgen.plain import plain
 from vidgen.scaling import laws, table
-from vidgen.scaling.study import Study, study
+from vidgen.scaling.study import NoLaw, Study, study, tuned
 from vidgen.studio import law as pages
 from vidgen.studio import media
 
@@ -50,6 +50,8 @@ def run(
       price: of a chip-hour, in any currency; adds costs.
       seed: of the resampling that intervals come from.
 
+    Of runs that are too few for a law, but of several learning rates or batches, it tells what is best of these.
+
     Returns:
       What --json prints: E, A, B, alpha, beta, intervals, warnings, holdout, isoflop, optimal, excluded, …; intervals
       are of 95 %.
@@ -65,15 +67,26 @@ def run(
         raise ConfigError(f"--price={price}: expected what a chip-hour costs, 0 or more")
     if seed < 0:
         raise ConfigError(f"--seed={seed}: expected 0 or more")
-    found = study(table.read(runs, loss), hold_out=holdout, seed=seed)
+    folder, read = output or os.path.dirname(runs) or ".", table.read(runs, loss)
+    files = {"report": os.path.join(folder, "report.html"), "plot": os.path.join(folder, "law.svg")}
+    try:
+        found = study(read, hold_out=holdout, seed=seed)
+    except NoLaw as e:
+        tried, warnings = tuned(read, seed)
+        if not tried or topology:
+            raise
+        media.write(files["report"], pages.tuning_report(tried, _title(runs, loss), str(e), warnings).encode())
+        warnings = [f"no law: {e}", *warnings]
+        print("\n".join([*pages.tuning(tried), *(f"warning: {text}" for text in warnings), files["report"]]))
+        law = dict.fromkeys((*laws.NAMES, "intervals"))
+        found = {setting: some.facts() for setting, some in tried.items()}
+        return plain(law | found | {"warnings": warnings, "report": files["report"], "plot": None})
     plans = []
     if topology:
         from vidgen.scaling import pods  # imports JAX
 
         plans = pods.table(found.law, topology, family, price)
         found = dataclasses.replace(found, rows=tuple(plan.optimal for plan in plans))
-    folder = output or os.path.dirname(runs) or "."
-    files = {"report": os.path.join(folder, "report.html"), "plot": os.path.join(folder, "law.svg")}
     media.write(files["report"], pages.report(found, _title(runs, loss), topology, plans).encode())
     media.write(files["plot"], pages.picture(found).encode())
     print(summary(found, topology, plans))

@@ -14,7 +14,7 @@ from vidgen.sweep import Sweep
 
 QUICKSTART = os.path.join(os.path.dirname(__file__), os.pardir, "quickstart.py")
 KEYS = {
-    "adamw": ("optimizer.lr", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+    "adamw": ("optimizer.lr", (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
     "muon": ("optimizer.muon_lr", (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)),
 }
 

@@ -121,6 +121,30 @@ def test_learning_rates_are_studied_and_only_the_best_runs_fitted(tmp_path, caps
     assert "Learning rate" in (tmp_path / "report.html").read_text()
 
 
+def test_learning_rates_are_studied_without_a_law(tmp_path, capsys):
+    """Three sizes at five rates each, as configs/sweeps/learning_rates.py makes them: no law, and a verdict."""
+    runs, rates, widths = [], [], []
+    for i, width in enumerate((32, 64, 128)):
+        for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3):
+            worse = 0.02 * np.log2(rate / (2e-3 * 2**-i)) ** 2 + 1e-4 * (len(runs) % 3)
+            runs.append(Run(f"w{width}-{rate}", 1e3 * width**2, 1e7, 6e10 * width**2, 0.5 - 0.05 * i + worse))
+            rates.append(rate)
+            widths.append(width)
+    path = planted.write(tmp_path / "runs.csv", runs, learning_rate=rates, width=widths)
+    facts, text = call(capsys, f"--runs={path}")
+    assert facts["E"] is None and "no law: 3 runs can be fitted" in facts["warnings"][0]
+    assert [o["value"] for o in facts["learning_rate"]["optima"]] == pytest.approx([2e-3, 1e-3, 5e-4], rel=0.1)
+    transfer = facts["learning_rate"]["transfer"]
+    assert not transfer["transfers"] and transfer["slope"]["exponent"] == pytest.approx(-1, abs=0.1)
+    assert "it doesn't transfer; scale it as width^-1" in text and "The best learning rate at 4.1M parameters" in text
+    assert (
+        "transfer; scale it as width^-1" in (tmp_path / "report.html").read_text()
+        and not (tmp_path / "law.svg").exists()
+    )
+    with pytest.raises(ConfigError, match="3 runs can be fitted"):
+        fit.run(path, topology="v5p:8x8x8")
+
+
 def test_runs_without_a_law_still_end_in_valid_json(tmp_path, capsys):
     rng = np.random.default_rng(1)
     runs = [

@@ -17,6 +17,10 @@ from vidgen.scaling.optima import Optima
 from vidgen.scaling.table import Excluded, Run, Table, Wanted
 
 
+class NoLaw(ConfigError):
+    """A table whose runs don't make a law."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Prediction:
     """What the law says of a run before it is made; `interval`: 95 %, of the law, without the noise of a run."""
@@ -71,29 +75,22 @@ class Study:
 
 
 def study(found: Table, *, hold_out: bool = True, seed: int = 0) -> Study:
-    """Fits everything that the runs allow. Raises ConfigError where there are too few for a law."""
+    """Fits everything that the runs allow. Raises NoLaw where there are too few for one."""
     best = table.best_settings(found)
     try:
         law = laws.fit(best.runs, seed)
     except ConfigError as e:
         beaten = sum(not x.lost for x in best.excluded)
         also = [f"of the others {beaten} only have a worse learning rate or batch than these"] if beaten else []
-        raise ConfigError("; ".join([str(e), *also, *_lost(best)])) from None
+        raise NoLaw("; ".join([str(e), *also, *_lost(best)])) from None
     warnings = _lost(best) + laws.warnings(law)
     profiles = isoflop.fit(best.runs, seed)
     for p in profiles.profiles:
         if p.minimum.edge:
             sizes = {"low": "smaller sizes", "high": "larger sizes", "flat": "more sizes, farther apart"}
             warnings.append(f"budget {p.budget:.3g}: {p.edge}; add {sizes[p.minimum.edge]} there")
-    tried = {setting: optima.fit(found.runs, setting, seed) for setting in optima.SETTINGS}
-    tried = {setting: some for setting, some in tried.items() if some}
-    for setting, some in tried.items():
-        for o in some.optima:
-            if o.minimum.edge:
-                warnings.append(
-                    f"{optima.SETTINGS[setting]} at {o.parameters:,.0f} parameters, budget {o.budget:.3g}: {o.edge}; "
-                    "add values beyond it"
-                )
+    tried, more = tuned(found, seed)
+    warnings += more
     held = None
     if hold_out:
         made = holdout.predict(best.runs, seed)
@@ -107,6 +104,20 @@ def study(found: Table, *, hold_out: bool = True, seed: int = 0) -> Study:
     return Study(
         best.runs, found.runs, best.excluded, law, profiles, tried, predicted, held, cost, rows, tuple(warnings)
     )
+
+
+def tuned(found: Table, seed: int = 0) -> tuple[dict[str, Optima], list[str]]:
+    """(the optima of the settings that were varied, by name; warnings of them): it takes no law to know them."""
+    tried = {setting: optima.fit(found.runs, setting, seed) for setting in optima.SETTINGS}
+    tried = {setting: some for setting, some in tried.items() if some}
+    warnings = [
+        f"{optima.SETTINGS[setting]} at {o.parameters:,.0f} parameters, budget {o.budget:.3g}: {o.edge}; add values "
+        "beyond it"
+        for setting, some in tried.items()
+        for o in some.optima
+        if o.minimum.edge
+    ]
+    return tried, warnings
 
 
 def _prediction(law: Law, run: Wanted) -> Prediction:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,16 +82,41 @@ def findings(found: Study) -> list[str]:
     if profiles.loss is not None:
         e, k, gamma = profiles.loss.values
         lines.append(f"Their lowest losses follow {e:.4g} + {k:.4g} / C^{gamma:.3f}.")
-    for setting, some in found.optima.items():
-        if law := some.over_parameters or some.over_flops:
-            of = "N" if some.over_parameters else "C"
-            between = f" ({law.interval[0]:.2f} to {law.interval[1]:.2f})" if law.interval else ""
-            lines.append(f"The best {optima.SETTINGS[setting]} goes as {of}^{law.exponent:.3f}{between}.")
-        if some.transfer:
-            lines.append(some.transfer.verdict)
+    lines += tuning(found.optima)
     times = frontier.over_6nd(found.runs)
     lines.append(f"FLOPs of the runs as counted are {_factor(times.min())} to {_factor(times.max())} times 6ND.")
     return lines
+
+
+def tuning(tried: Mapping[str, Optima]) -> list[str]:
+    """What was found of learning rates and batches, a sentence each."""
+    lines = []
+    for setting, some in tried.items():
+        what = optima.SETTINGS[setting]
+        for o in some.optima:
+            between = f" ({o.interval[0]:.3g} to {o.interval[1]:.3g})" if o.interval else ""
+            lines.append(
+                f"The best {what} at {si(o.parameters)} parameters, {o.budget:.3g} FLOPs: {o.value:.3g}{between}."
+            )
+        if law := some.over_parameters or some.over_flops:
+            of = "N" if some.over_parameters else "C"
+            between = f" ({law.interval[0]:.2f} to {law.interval[1]:.2f})" if law.interval else ""
+            lines.append(f"The best {what} goes as {of}^{law.exponent:.3f}{between}.")
+        if some.transfer:
+            lines.append(some.transfer.verdict)
+    return lines
+
+
+def tuning_report(tried: Mapping[str, Optima], name: str, why: str, warnings: Sequence[str]) -> str:
+    """A whole HTML page on the settings of runs that make no law, and `why` they don't."""
+    parts = [
+        panels.PAGE_STYLE,
+        f'<p class="eyebrow">Settings</p>\n<h1>{page.escape(name)}</h1>',
+        page.section("What to be wary of", *[page.missing(text) for text in (f"No law: {why}", *warnings)]),
+        *[_optima(some) for some in tried.values()],
+        "<footer>Made by vidgen fit.</footer>",
+    ]
+    return page.page(f"{name} · vidgen", parts)
 
 
 def token_price(found: Study, plans: Sequence[Planned] = ()) -> str:
