@@ -103,7 +103,7 @@ def guard() -> None:
 
     def made(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = before(*args, **kwargs)
-        with contextlib.suppress(TypeError, ValueError):  # arguments that don't fit; logging itself says so
+        with contextlib.suppress(Exception):  # arguments that don't fit: logging itself says so, and goes on
             record.msg, record.args = redacted(record.getMessage()), ()
         if record.exc_info and record.exc_info[0]:
             record.exc_text = redacted("".join(traceback.format_exception(*record.exc_info))).rstrip("\n")

@@ -66,8 +66,11 @@ def test_what_has_certainly_been_saved_is_known_to_the_next_attempt(tmp_path, cl
     third = begin(tmp_path, clock, step=5)
     assert third.on_disk == 5
     third.resumed(10)
+    with pytest.raises(OSError), third.spent("save"):
+        raise OSError("the disk is full")  # what failed is no checkpoint
+    third.resumed(0)  # a rollback, which sets aside all that is after it
     third.close()
-    assert begin(tmp_path, clock, step=10).on_disk == 10
+    assert begin(tmp_path, clock).on_disk == 0
 
 
 def test_time_is_of_the_innermost_kind(tmp_path, clock):

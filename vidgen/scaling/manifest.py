@@ -58,7 +58,8 @@ class Manifest:
     """A sweep's runs and what they have in common.
 
     Attributes:
-      config: FILE or FILE:arg that all start from; `base`: what it held, as JSON has it.
+      config: FILE or FILE:arg that all start from; `base`: what it held, as JSON has it; empty
+        in sweeps that an older vidgen began, whose runs read the file.
       suites: of `vidgen evaluate`, for each run when it is trained.
       prompts: clips that those judge.
       runs: all of them.
@@ -123,6 +124,8 @@ def short(settings: Mapping[str, Any]) -> str:
 
 def config_of(manifest: Manifest, run: Run) -> ConfigDict:
     """A run's own, of what the config was when the sweep was planned; raises ConfigError."""
+    if not manifest.base:
+        return configs.load(manifest.config, run.settings)
     return configs.override(configs.from_json(json.dumps(manifest.base)), run.settings)
 
 
@@ -136,7 +139,7 @@ def write(folder: str, manifest: Manifest) -> None:
     if os.path.exists(path):
         old = read(folder)
         then, now = (configs.from_json(json.dumps(held.base)) for held in (old, manifest))
-        for key in configs.difference(then, now):
+        for key in configs.difference(then, now) if old.base else ():
             if any(key not in run.settings for run in manifest.runs):
                 was, is_ = (operator.attrgetter(key)(held) for held in (then, now))
                 raise ConfigError(
@@ -176,7 +179,7 @@ def read(folder: str) -> Manifest:
         runs = tuple(Run(**run | {"varied": tuple(run["varied"])}) for run in found.pop("runs"))
         if wrong := [run.name for run in runs if not _fits(run.name)]:
             raise ValueError(f"run {wrong[0]!r} is no name of a folder")
-        return Manifest(**found | {"suites": tuple(found["suites"]), "runs": runs})
+        return Manifest(**{"base": {}} | found | {"suites": tuple(found["suites"]), "runs": runs})
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror or e}; expected the folder of a sweep") from None
     except (ValueError, KeyError, TypeError) as e:

@@ -21,6 +21,7 @@ from vidgen.passing import again, sector
 SEAL = "vidgen.sha256"  # file of a checkpoint; `sha256sum -c` reads it too
 COMMIT = atomicity.COMMIT_SUCCESS_FILE  # what Orbax writes last where a folder can't be renamed in one move
 BLOCK = 2**20  # bytes read at once
+LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ETIMEDOUT)  # of fsync: it is not on the disk
 THREADS = 2  # the step needs the host's cores more
 
 
@@ -137,7 +138,7 @@ def _settle(path: epath.Path) -> None:
     try:
         os.fsync(there)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.EROFS):  # a file system that knows no such thing
+        if e.errno in LOST:  # anything else is the word of a file system that knows no such thing
             raise
     finally:
         os.close(there)

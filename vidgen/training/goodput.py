@@ -87,7 +87,7 @@ class Account:
             self.on_disk, self._saving = max(self.on_disk, self._saving), self._at
         if "resumed" in row:
             attempt.first = attempt.last = int(row["resumed"])
-            self.on_disk = max(self.on_disk, attempt.first)
+            self.on_disk, self._saving = attempt.first, 0  # what a rollback leaves is known again
             self._back_to(attempt.first)
         attempt.finished |= bool(row.get("finished"))
 
@@ -192,14 +192,16 @@ class Ledger:
             raise ValueError(f"a ledger has no kind {kind!r}; expected one of {', '.join(self._spent)}")
         self._charge()
         self._inside.append(kind)
+        done = False
         try:
             yield
+            done = True
         finally:
             self._charge()
             self._inside.pop()
             if kind == "data wait":
                 self._base = "step"
-            if kind == "save":  # a run goes on from there
+            if kind == "save" and done:  # a run goes on from there
                 self._row(saved=True)
 
     def step(self, n: int) -> None:

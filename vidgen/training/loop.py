@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -229,7 +230,10 @@ class Loop:
 
     def _save(self, n: int, state: TrainState, temporary: bool, figures: dict[str, float]) -> None:
         self.watch.beat(n, "save")
-        lock = claim(self.workdir) if self.writer else self.claim
+        lock = self.claim
+        if self.writer:
+            with contextlib.suppress(OSError):  # the disk is away for a moment: then nobody knows
+                lock = claim(self.workdir)
         if lock not in (self.claim, None):
             raise Restartable(f"{self.workdir} was replaced while the run was at work: step {n} is not saved there")
         with self.ledger.spent("save"):

@@ -78,7 +78,7 @@ class Meter:
         self._seen: dict[str, list[float]] = {}
 
     def fed(self, info: FeedInfo) -> None:
-        """A batch came. Raises ConfigError if too many clips can't be read, Restartable if hardly any lately could."""
+        """A batch came. Raises ConfigError if too many clips can't be read, Restartable if all at once most can't."""
         self._wait += info.wait
         self._bad.update(info.bad)
         self._clips += self._clips_a_step
@@ -87,10 +87,13 @@ class Meter:
         while len(self._recent) > 1 and sum(n for _, n in self._recent) - self._recent[0][1] >= RECENT:
             self._recent.popleft()
         lately, among = map(sum, zip(*self._recent, strict=True))
-        if lately > PATIENCE and lately > among / 2:
-            raise Restartable(f"{lately} of about the last {among:.0f} clips could not be read: is their disk there?")
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in self._bad.most_common(5))
+        readable = self._clips - among > RECENT and bad - lately < (self._clips - among) / 10  # before
+        if readable and lately > PATIENCE and lately > among / 2:
+            raise Restartable(
+                f"{lately} of about the last {among:.0f} clips could not be read ({reasons}): is their disk there?"
+            )
         if bad > PATIENCE and bad > self._max_bad * self._clips:
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in self._bad.most_common(5))
             raise ConfigError(
                 f"{bad} of about {self._clips:.0f} clips could not be read ({reasons}), more than "
                 f"config.train.max_bad={self._max_bad} allows"

@@ -21,14 +21,14 @@ LOCK = "lock"  # file of a workdir
 PATIENCE = 120.0  # seconds that a process which is started again waits for the lock
 # Seconds after the first signal from which on another one means at once. What comes sooner is the same wish told by
 # several: who signals a whole group reaches each process, and so do the launchers among them, which pass it on.
-APART = 2.0
+APART = 5.0
 AT_ONCE = 5.0  # seconds that a program has to end by itself after that one
 
 
 class StopSignal:
     """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a flag that the loop asks for; a later one ends the program.
 
-    One that comes within 2 s of the first says nothing new: whoever signals all processes of a run, its launchers too,
+    One that comes within 5 s of the first says nothing new: whoever signals all processes of a run, its launchers too,
     is heard several times by each.
 
     All three ask to save and end. The exit status, 128 + the signal, says which one it was: a cluster sends SIGUSR1
@@ -213,10 +213,12 @@ def only_one(workdir: str) -> Iterator[None]:
 
 
 def claim(workdir: str) -> tuple[int, int] | None:
-    """Which WORKDIR/lock is there now, by its place on the disk; None: there is none."""
+    """Which WORKDIR/lock is there now, by its place on the disk; None: there is none. Raises OSError where the disk
+    does not say.
+    """
     try:
         found = os.stat(os.path.join(workdir, LOCK))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_dev, found.st_ino
 
