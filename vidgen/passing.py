@@ -18,7 +18,12 @@ NAMES = (
 NUMBERS = frozenset(getattr(errno, name) for name in NAMES if hasattr(errno, name))
 # Libraries in C++ have the number in the text alone, or a status of their own (abseil's, as tensorstore and gRPC do).
 STATUSES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
-TEXT = re.compile("|".join([rf"\b(?:{'|'.join(NAMES + STATUSES)})\b", *(re.escape(os.strerror(n)) for n in NUMBERS)]))
+# ArrayRecord names the call that the system refused, as in "open() failed: No such file or directory; opening …"; of a
+# record that is broken, or a file that is cut short, it speaks in words of its own.
+CALLS = r"\b(?:open|read|pread|l?seek|fstat)\(\) failed: "
+TEXT = re.compile(
+    "|".join([CALLS, rf"\b(?:{'|'.join(NAMES + STATUSES)})\b", *(re.escape(os.strerror(n)) for n in NUMBERS)])
+)
 SECTOR = re.compile(rf"\bEIO\b|{re.escape(os.strerror(errno.EIO))}")
 TRIES, PAUSE = 3, 1.0  # of `again`; seconds between them
 

@@ -196,12 +196,12 @@ def _window(config: ConfigDict) -> tuple[int, ...]:
 
 
 def begin(
-    program: Program, course: Course, checkpoints: Checkpoints, say: Callable[[str], None], saved: int
+    program: Program, course: Course, checkpoints: Checkpoints, say: Callable[[str], None], saved: int = 0
 ) -> tuple[TrainState, dict[str, Any]]:
     """(state, facts that checkpoints keep): made or restored straight into the shardings of the program.
 
     `say` is told of checkpoints that are damaged, of which the newest good one is taken, and of another code version.
-    `saved` is a step that is known to have been saved.
+    `saved` is a step that is known to have been saved, if any is.
 
     Raises Restartable where one was saved and there is none, as where a disk is not mounted yet; ConfigError if it was
     trained on other clips, on latents of another VAE or text of another encoder, or from other weights, and where there

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from vidgen import passing
 from vidgen.config import ConfigError, base
 from vidgen.data import sources, tfds_source
 from vidgen.data.clip import BadClip
@@ -104,6 +105,22 @@ def test_damaged_and_missing_shards(shards):
     next(shards.glob("*00004-of-00006")).unlink()
     with pytest.raises(ConfigError, match="00004-of-00006: missing; 1 of the shards"):
         ShardSource(shards)
+
+
+def test_a_shard_out_of_sight_spoils_no_clip_and_is_opened_anew(shards, tmp_path):
+    source, shard = ShardSource(shards), sorted(shards.glob("*-of-00006"))[3]
+    hidden = shard.rename(tmp_path / "away")
+    with pytest.raises(RuntimeError, match=f"No such file or directory; opening {shard}") as told:
+        source.read(3, 0)
+    assert passing.passes(told.value)
+    hidden.rename(shard)
+    assert source.read(3, 0).caption == "一只猫 3"  # ArrayRecord never opens a file again that it could not open
+    data = bytearray(shard.read_bytes())
+    data[200] ^= 1
+    for cut in (len(data), 40000, 0):  # what ArrayRecord says of these is of the record
+        shard.write_bytes(data[:cut])
+        with pytest.raises(BadClip, match="^unreadable record$"):
+            ShardSource(shards).read(3, 0)
 
 
 def data_config(**changes):

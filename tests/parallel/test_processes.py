@@ -345,6 +345,10 @@ def raised_from(cause):
         (raised_from(ValueError("PERMISSION_DENIED: refused")), 2),
         (ConfigError("clips are UNAVAILABLE"), 2),
         (raised_from(OSError(errno.ENOSPC, "No space left on device")), 2),
+        (raised_from(raised_from(OSError(errno.ESTALE, "Stale file handle"))), 75),  # a clip of a set out of sight
+        (raised_from(processes.Restartable("not here")), 75),
+        (raised_from(RuntimeError("open() failed: No such file or directory; opening /a/clips")), 75),
+        (raised_from(ValueError("RESOURCE_EXHAUSTED: [OS error 28: ENOSPC No space left on device]")), 2),
         (SystemExit(75), 75),
         (RuntimeError("a bug"), 1),
         (KeyboardInterrupt(), 1),

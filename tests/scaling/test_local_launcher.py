@@ -42,7 +42,7 @@ def job(tmp_path, monkeypatch):
     process.wait()
 
 
-def test_who_holds_a_workdir_is_known_while_it_does(tmp_path, monkeypatch):
+def test_who_holds_a_workdir_is_known_while_it_does(tmp_path, monkeypatch, capsys):
     workdir = str(tmp_path / "w")
     assert holder(workdir) is None
     with only_one(workdir):
@@ -55,6 +55,7 @@ def test_who_holds_a_workdir_is_known_while_it_does(tmp_path, monkeypatch):
         monkeypatch.setattr(resilience, "PATIENCE", 0.3)
         with pytest.raises(Restartable, match="another vidgen is at work there"), only_one(workdir):
             pass
+        assert capsys.readouterr().err.count("another vidgen is at work there; waiting up to 0.3 s for it to end") == 1
     assert holder(workdir) is None
 
 

@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from vidgen.scaling.pods import Planned
 from vidgen.scaling.study import study
 from vidgen.scaling.table import Excluded, Run, Table
 from vidgen.studio import law as pages
@@ -88,7 +89,7 @@ def test_what_is_not_there_leaves_no_hole():
 def test_rows_far_beyond_the_runs_are_marked(found):
     head, rows = pages.optimal_rows(found)
     assert len(head) == len(rows[0]) and [r[0].endswith("*") for r in rows] == [row.far for row in found.rows]
-    plans = [{"days": 1e-4, "mfu": 0.4, "cost": None, "preset": "5m", "note": "far"}] * len(rows)
+    plans = [Planned(row, "5m", 4, 0.4, 1e-4, None, "far") for row in found.rows]
     head, rows = pages.optimal_rows(found, "v5p:2x2x1", plans)
     assert "days on v5p:2x2x1" in head and "cost" not in head and rows[0][-3:] == ["<0.01", "40%", "5m (far)"]
 

@@ -148,6 +148,18 @@ def test_a_server_of_files_that_is_away_damages_nothing(copied, opened, monkeypa
     assert sorted(os.listdir(copied / "checkpoints")) == ["2", "4", "6"] and checkpoints.newest_good() == 6
 
 
+def test_a_folder_that_looks_like_a_file_for_a_moment_is_no_damage_and_one_in_a_files_place_is(copied, opened):
+    checkpoints, looks = opened(copied, keep()), type(checksums.epath.Path(copied)).is_dir
+    with pytest.MonkeyPatch.context() as patch:  # epath takes a folder that can't be looked at for a file
+        patch.setattr(type(checkpoints._directory), "is_dir", lambda path: path.name != "ema" and looks(path))
+        with pytest.raises(OSError, match="Stale"):
+            checkpoints.damage(6)
+    hurt = files(copied / "checkpoints" / "6" / "ema")[0]
+    hurt.unlink()
+    hurt.mkdir()
+    assert checkpoints.damage(6).endswith("cannot be read (Is a directory)")
+
+
 def test_a_run_goes_on_from_the_newest_good_one_and_leaves_the_damaged_one(copied, opened):
     folder = copied / "checkpoints"
     (folder / "6" / checkpoint.checksums.SEAL).unlink()  # as if it had not been finished

@@ -1,5 +1,6 @@
 """What a row of metrics.jsonl says."""
 
+import numpy as np
 import pytest
 
 from vidgen.config import ConfigError
@@ -120,3 +121,16 @@ def test_a_disk_that_is_gone_is_noticed_in_a_long_run_as_soon_as_in_a_short_one(
         for _ in range(9):  # what never could be read is no disk that has gone
             m.fed(FeedInfo(0.0, {"no known codec": 4}))
     assert not isinstance(told.value, Restartable)
+
+
+def test_a_disk_that_goes_bit_by_bit_is_noticed_and_a_share_that_is_allowed_is_not():
+    for share in (0.01, 0.3, 0.9):
+        m, draw = meter(Clock(), max_bad=share), np.random.default_rng(0)
+        for bad in [0] * 250 + draw.binomial(4, 0.95 * share, 3000).tolist():
+            m.fed(FeedInfo(0.0, {"truncated": bad}))
+    m = meter(Clock(), max_bad=0.01)
+    for _ in range(10_000):
+        m.fed(FeedInfo(0.0, {}))
+    with pytest.raises(Restartable, match="^39 of about the last 1000 clips"):
+        for _ in range(200):  # a quarter of them
+            m.fed(FeedInfo(0.0, {"the disk can't read it": 1}))

@@ -179,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(path) from None
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{path}: not what vidgen encode writes: {e}") from None
+        raise ConfigError(f"{path}: not what vidgen encode writes: {e}") from e
 
 
 class CachedClips:
@@ -228,6 +228,12 @@ class CachedClips:
         self.sizes, self.fingerprint, self._source = source.sizes, source.fingerprint, source
         self._shards, self._records, self._lock = len(shards), None, threading.Lock()
 
+    def _forget(self, records) -> None:
+        """Has the files opened anew for the next read: one that could not be opened once is never tried again."""
+        with self._lock:
+            if self._records is records:
+                self._records = None
+
     def __getstate__(self):
         return {**self.__dict__, "_records": None, "_lock": None}
 
@@ -251,10 +257,12 @@ class CachedClips:
         place = int(self._layout.place[index])
         if place < 0:
             raise BadClip("no size in the index, or smaller than one token")
+        records = self._open()
         try:
-            record = self._open()[epoch % self.passes * len(self._layout.order) + place]
+            record = records[epoch % self.passes * len(self._layout.order) + place]
         except Exception as e:  # ArrayRecord raises RuntimeError, ValueError, IndexError and more
             if passes(e):
+                self._forget(records)
                 raise
             raise BadClip("unreadable record in the cache") from e
         return from_record(record)

@@ -164,7 +164,7 @@ def read_index(directory: str | os.PathLike) -> list[Row]:
             f"{directory}: no shards there; make them with: vidgen ingest --input DIR --output {directory}"
         ) from None
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: not an index of vidgen ingest: {error}") from None
+        raise ConfigError(f"{path}: not an index of vidgen ingest: {error}") from error
 
 
 class ShardSource:
@@ -208,10 +208,16 @@ class ShardSource:
                     lacking = [p for p in builder.info.splits["train"].filepaths if not os.path.exists(p)]
                     self._records = builder.as_data_source("train")
                 except Exception as error:  # TFDS has no error of its own for a file that lacks
-                    raise ConfigError(f"{self._directory}: {' '.join(str(error).split())}") from None
+                    raise ConfigError(f"{self._directory}: {' '.join(str(error).split())}") from error
                 if lacking:
                     raise ConfigError(f"{lacking[0]}: missing; {len(lacking)} of the shards in dataset_info.json are")
             return self._records
+
+    def _forget(self, records) -> None:
+        """Has the files opened anew for the next read: one that could not be opened once is never tried again."""
+        with self._lock:
+            if self._records is records:
+                self._records = None
 
     def __getstate__(self):
         return {**self.__dict__, "_records": None, "_lock": None}
@@ -239,6 +245,7 @@ class ShardSource:
             size, fps = tuple(int(record[k]) for k in ("frames", "height", "width")), float(record["fps"])
         except Exception as error:  # ArrayRecord raises RuntimeError, ValueError, IndexError and more
             if passes(error):
+                self._forget(records)
                 raise
             raise BadClip("unreadable record") from error
         if checksum(data) != self._checksums[index]:

@@ -28,7 +28,7 @@ from vidgen.data.clip import BadClip, Clip, ClipSizes
 from vidgen.data.decode import decode, probe
 from vidgen.data.progress import Progress
 from vidgen.data.tfds_features import check_features
-from vidgen.passing import passes
+from vidgen.passing import again, passes
 
 VIDEO = [
     "video",
@@ -126,10 +126,16 @@ class TfdsSource:
                 try:
                     self._records = builder.as_data_source(self._split, deserialize_method=raw)
                 except Exception as error:  # NotImplementedError, ValueError, FileNotFoundError, …
-                    raise ConfigError(f"{self._name}: {_line(error)}") from None
+                    raise ConfigError(f"{self._name}: {_line(error)}") from error
                 # Only the two features that are used are decoded, and encoded images are left for PyAV.
                 self._features = _only(builder.info.features, {self._video, self._text})
             return self._records
+
+    def _forget(self, records) -> None:
+        """Has the files opened anew for the next read: one that could not be opened once is never tried again."""
+        with self._lock:
+            if self._records is records:
+                self._records = None
 
     def __getstate__(self):
         return {**self.__dict__, "_records": None, "_features": None, "_lock": None}
@@ -143,6 +149,7 @@ class TfdsSource:
             return self._features.deserialize_example_np(records[int(index)])
         except Exception as error:  # ArrayRecord and TFDS raise RuntimeError, ValueError, IndexError and more
             if passes(error):
+                self._forget(records)
                 raise
             raise BadClip("unreadable record") from error
 
@@ -205,9 +212,11 @@ class TfdsSource:
         progress = Progress(f"reading sizes of {self._name}", count)
         for i in range(count):
             try:
-                rows[i] = self._measure(i)
+                rows[i] = again(lambda i=i: self._measure(i))
             except BadClip as bad:
                 reasons[i] = str(bad)
+            except (OSError, RuntimeError, MemoryError) as error:  # what is kept for good is not to say so
+                raise ConfigError(f"reading {self.name(i)} failed: {_line(error)}") from error
             progress.update(i + 1, f"{i + 1}/{count} clips")
         progress.close()
         types = (np.int32, np.int32, np.int32, np.float32, np.int32)
@@ -259,7 +268,7 @@ def _builder(directory: str):
             "with tfds.features.Scalar(np.object_)"
         ) from None
     except Exception as error:  # TFDS has no error of its own
-        raise ConfigError(f"tfds:{directory}: {_line(error)}") from None
+        raise ConfigError(f"tfds:{directory}: {_line(error)}") from error
 
 
 def _split(name: str, builder, wanted: str) -> str:

@@ -294,11 +294,14 @@ def exit_status(error: BaseException) -> int:
     """2: the user can mend it; 75: nobody need, a restart may do; 1: it should not have happened."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, Restartable) or passes(error):
+    # A checkpoint that could not be written, or a clip read, because a server of files or another process was away: a
+    # line for the user was raised from what says so, perhaps through another one.
+    cause: BaseException = error
+    while isinstance(cause, ConfigError) and not isinstance(cause, Restartable) and cause.__cause__:
+        cause = cause.__cause__
+    if isinstance(cause, Restartable) or passes(cause):
         return RESTART
-    # A checkpoint that could not be written, or a clip read, because a server of files or another process was away.
-    cause = error.__cause__ if isinstance(error, ConfigError) else None
-    if passes(cause) or isinstance(cause, jax.errors.JaxRuntimeError):
+    if cause is not error and isinstance(cause, jax.errors.JaxRuntimeError):
         return RESTART
     return 2 if isinstance(error, ConfigError | OSError) else 1
 

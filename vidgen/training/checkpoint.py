@@ -393,6 +393,6 @@ def read_config(workdir: str) -> ConfigDict:
         with open(path, encoding="utf-8") as f:
             return configs.from_json(f.read())
     except OSError as e:
-        raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that `vidgen train` made") from None
+        raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that `vidgen train` made") from e
     except ValueError as e:
         raise ConfigError(f"{path}: not the config of a run ({e})") from None

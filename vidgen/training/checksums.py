@@ -22,6 +22,7 @@ SEAL = "vidgen.sha256"  # file of a checkpoint; `sha256sum -c` reads it too
 COMMIT = atomicity.COMMIT_SUCCESS_FILE  # what Orbax writes last where a folder can't be renamed in one move
 BLOCK = 2**20  # bytes read at once
 LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ETIMEDOUT)  # of fsync: it is not on the disk
+OTHER = (errno.EISDIR, errno.ENOTDIR, errno.EBADMSG, errno.EUCLEAN)  # something else is there, or a broken file system
 THREADS = 2  # the step needs the host's cores more
 
 
@@ -66,7 +67,7 @@ def find(folder: epath.Path, items: Sequence[str] = (), part: int = 0, parts: in
         return wrong
     try:
         # In a bucket the last file is written after the checksums, and that it is there at all is what it says.
-        there = {name for name in _files(folder) if name != COMMIT or name in listed}
+        there = {name for name in again(lambda: list(_files(folder))) if name != COMMIT or name in listed}
     except FileNotFoundError:
         return Damage(SEAL, "is there, but not the files that it lists")  # as while the run deletes the checkpoint
     names = sorted(name for name in there | listed.keys() if not items or name.partition("/")[0] in items)
@@ -145,17 +146,20 @@ def _settle(path: epath.Path) -> None:
 
 
 def _damage(folder: epath.Path, path: str, listed: dict[str, str]) -> Damage | None:
-    if path not in listed:
-        return Damage(path, "was not there when it was saved")
     try:
-        return None if again(lambda: _digest(folder / path)) == listed[path] else Damage(path, "is not as it was saved")
+        digest = again(lambda: _digest(folder / path))
     except FileNotFoundError:
         return Damage(path, "is missing")
     except OSError as e:
+        if isinstance(e, IsADirectoryError) and path not in listed:  # it could not even be told from a file
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(folder / path)) from e
         # A server that doesn't answer, or a right that lacks, says nothing of what the file holds.
-        if not sector(e):
+        if not (sector(e) or e.errno in OTHER):
             raise
         return Damage(path, f"cannot be read ({e.strerror or e})")
+    if path not in listed:
+        return Damage(path, "was not there when it was saved")
+    return None if digest == listed[path] else Damage(path, "is not as it was saved")
 
 
 def _listed(folder: epath.Path) -> tuple[dict[str, str], Damage | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter, deque
@@ -18,7 +19,7 @@ from vidgen.parallel.processes import Restartable
 STUCK = 50  # updates skipped in a row: more are no outliers
 OWN = ("grad_norm", "usual_norm", "tokens", "skipped")  # of what a step says, what is not averaged
 PATIENCE = 10  # unreadable clips: fewer are no share to judge by
-RECENT = 1000  # clips of which more than half are readable, unless their disk is gone
+RECENT = 1000  # clips that are judged by themselves: of all that a long run has read, those of a disk that goes are few
 
 
 def host_memory() -> float:
@@ -61,7 +62,7 @@ class Meter:
         self._clips_a_step, self._max_bad = clips_a_step, max_bad
         self._bad: Counter[str] = Counter()
         self._clips = 0.0
-        self._recent: deque[tuple[int, float]] = deque()
+        self._recent: deque[int] = deque(maxlen=max(1, math.ceil(RECENT / max(clips_a_step, 1e-9))))
         self._n, self._last = 0, {}
         self._warm = False
         self.back_to(tokens_seen)
@@ -78,18 +79,17 @@ class Meter:
         self._seen: dict[str, list[float]] = {}
 
     def fed(self, info: FeedInfo) -> None:
-        """A batch came. Raises ConfigError if too many clips can't be read, Restartable if all at once most can't."""
+        """A batch came. Raises ConfigError if too many clips can't be read, Restartable if all at once many can't."""
         self._wait += info.wait
         self._bad.update(info.bad)
         self._clips += self._clips_a_step
         bad = sum(self._bad.values())
-        self._recent.append((sum(info.bad.values()), self._clips_a_step))
-        while len(self._recent) > 1 and sum(n for _, n in self._recent) - self._recent[0][1] >= RECENT:
-            self._recent.popleft()
-        lately, among = map(sum, zip(*self._recent, strict=True))
+        self._recent.append(sum(info.bad.values()))
+        lately, among, share = sum(self._recent), len(self._recent) * self._clips_a_step, self._max_bad
+        usual = share * among + 6 * math.sqrt(share * (1 - share) * among)  # chance alone brings no more than that
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self._bad.most_common(5))
-        readable = self._clips - among > RECENT and bad - lately < (self._clips - among) / 10  # before
-        if readable and lately > PATIENCE and lately > among / 2:
+        before = self._clips - among
+        if before > RECENT and bad - lately < before / 10 and lately > PATIENCE + usual:  # what could be read can't now
             raise Restartable(
                 f"{lately} of about the last {among:.0f} clips could not be read ({reasons}): is their disk there?"
             )

@@ -257,7 +257,7 @@ def _rows(path: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
         try:
             row = json.loads(line)
             yield start, row | {"step": int(row["step"])}
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             yield start, None
         start += len(line) + 1
 

@@ -194,6 +194,7 @@ def only_one(workdir: str) -> Iterator[None]:
         lock = open(path, "a", encoding="ascii")  # noqa: SIM115 - closed below
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror or e}; expected a workdir that can be written") from e
+    told, text = False, f"{workdir}: another vidgen is at work there"
     with lock:
         while True:
             try:
@@ -202,7 +203,10 @@ def only_one(workdir: str) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() >= until:
                     kind = processes.Restartable if started_again() else ConfigError
-                    raise kind(f"{workdir}: another vidgen is at work there; wait for it or stop it") from None
+                    raise kind(f"{text}; wait for it or stop it") from None
+                if not told:
+                    told = True
+                    print(f"{text}; waiting up to {PATIENCE:g} s for it to end", file=sys.stderr, flush=True)
             except OSError as e:
                 raise ConfigError(f"{path}: {e.strerror or e}; expected a disk on which files can be locked") from e
             time.sleep(0.5)
